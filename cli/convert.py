@@ -1,5 +1,6 @@
 """`alpacache convert`: recordings of other formats as a folder of clips."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +92,19 @@ def _write(config: ConvertConfig) -> "ConvertReport":
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     standard = {field.name: field.default for field in fields(config)} | {"camera": (), "map": ()}
     options = {name: value for name, value in values.items() if name not in _COMMON and value != standard[name]}
-    check_apart(Path(config.input), Path(config.out))
-    drives = open_drives(kind_named(config.kind), Path(config.input), options)
-    changed = [name for name in ("crop", "pad", "undistort") if values[name]]  # other pictures, another data set
-    if changed:
-        drives = Reframe(crop=config.crop, pad=config.pad, undistort=config.undistort).drives(drives)
+    out, place = Path(config.out), Path(config.input)
+    check_apart(place, out)
+    drives = open_drives(kind_named(config.kind), place, options)
+    reframe = Reframe(crop=config.crop, pad=config.pad, undistort=config.undistort)
+    if reframe.changes:  # other pictures, another data set
+        drives = reframe.drives(drives)
     with output.show_progress("convert") as on_progress, InterruptGuard() as guard:
         report = write(
             drives,
-            Path(config.out),
-            name="+".join([Path(config.input).resolve().stem or config.kind, *changed]),
+            out,
+            name="+".join([place.resolve().stem or config.kind, *reframe.changes]),
             settings={name: value for name, value in values.items() if name not in ("out", "list", "check")},
+            changes=reframe.changes,
             clip_seconds=config.clip_seconds,
             offset_m=config.origin_offset,
             mount_deg=config.mount,
@@ -168,8 +171,9 @@ def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
     seconds = sum(clip["seconds"] for clip in report.clips)
     whole = len({clip["drive"] for clip in report.clips}) == len(report.clips)
     how = "each drive whole (--clip-seconds cuts)" if whole else "drives cut"
-    lines = {
+    lines: dict[str, str | list[str] | None] = {
         "clips": f"{len(report.clips)} of {seconds:.1f} s together, {how}; {report.kept} of them from before",
+        "mount": _mounts(report.clips),
         "check": None if checked is None else f"{_verdict(report, checked)}, {checked.samples} samples",
         "written": report.out,
         "next": f"alpacache check folder:{report.out} --out check",
@@ -179,6 +183,18 @@ def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
 
 def _cameras(cameras: dict[str, Any]) -> str:
     return ", ".join(f"{name} {camera['frames']} {camera['written']}" for name, camera in cameras.items())
+
+
+def _mounts(clips: Sequence[dict[str, Any]]) -> list[str]:
+    """The mounts that were estimated, drive by drive."""
+    found = {clip["drive"]: clip.get("pose", {}).get("mount", {}) for clip in clips}
+    said = [
+        f"{drive}: yaw {mount['degrees']['yaw']:+.2f}, pitch {mount['degrees']['pitch']:+.2f} degrees taken out, "
+        f"estimated on {mount['found_on_s']:.0f} s of straights"
+        for drive, mount in found.items()
+        if mount.get("given") == "estimate"
+    ]
+    return said[: output.SHOWN] + output.more_lines(said)
 
 
 def _verdict(report: "ConvertReport", checked: "SourceReport") -> str:

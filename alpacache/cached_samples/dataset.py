@@ -32,7 +32,7 @@ from alpacache.cached_samples.features import (
 from alpacache.cached_samples.identity import check_same_model, model_differences, refuse_differences, store_codec
 from alpacache.cached_samples.prefix_choice import PrefixChoice
 from alpacache.cached_samples.sample_choice import ChosenSamples, SampleChoice
-from alpacache.driving.cameras import FRONT_CAMERA, camera_words
+from alpacache.driving.cameras import FRONT_CAMERA, camera_words, changes_of
 from alpacache.driving.route import command_of
 from alpacache.driving.sample import Floats, SampleRef
 from alpacache.driving.strata import STRATA, Strata, Turn
@@ -282,6 +282,11 @@ class CachedDataset:
     def pictures(self) -> set[str]:
         """What the VLM saw in the stores, in words: cameras, and black pictures in the place of some."""
         return {words for reader in {reader for reader, _ in self._index} if (words := camera_words(reader.identity))}
+
+    @property
+    def changes(self) -> set[tuple[str, ...]]:
+        """What was done to the pictures of the stores since they were recorded."""
+        return {tuple(changes_of(reader.identity)) for reader in {reader for reader, _ in self._index}}
 
     def locate(self, index: int) -> tuple[CacheReader, str]:
         """The store that has a sample, and the sample's id there."""

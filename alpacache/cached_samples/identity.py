@@ -15,7 +15,7 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.recognition import prompt_words, recognise_family
 from alpacache.alpamayo.rollout import rollout_identity
 from alpacache.cached_samples.features import LAYERS
-from alpacache.driving.cameras import camera_words, prompt_marks, recorded_and_blank
+from alpacache.driving.cameras import camera_words, changes_of, prompt_marks, recorded_and_blank
 from alpacache.errors import UsageError
 from alpacache.masking import masked
 from alpacache.sources.video import ffmpeg_versions
@@ -77,8 +77,11 @@ def store_identity(
     rollouts: int = 0,
     views: Mapping[str, Any] | None = None,
     layers: Sequence[int] | None = None,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that must match for two samples to belong to one store; `blank` are the black ones of `cameras`.
+
+    `changes` are those of the source's pictures since they were recorded, such as a crop: other pictures.
 
     A quantising codec is recorded by name and by definition (of `calibrated`, if it has learnt tables): should the
     name ever mean something else, old stores are still decoded as they were written, and nothing new goes into them.
@@ -99,6 +102,7 @@ def store_identity(
         **builder.identity(),
         "cameras": list(cameras),
         **({"blank": list(blank)} if blank else {}),
+        **({"changes": list(changes)} if changes else {}),
         "frames": frames,
         "codec": codec,
         **({} if stored_as is None else {"codec_definition": stored_as.to_json()}),
@@ -172,6 +176,12 @@ def other_options(identity: Mapping[str, Any], stored: Mapping[str, Any]) -> lis
         recorded, blank = recorded_and_blank(stored)
         options = f"--cameras {','.join(recorded)}" + (f" --blank {','.join(blank)}" if blank else "")
         said.append(f"the store shows {shows}, this run {wants}: pass {options}, or another --store.")
+    changed, told = (", ".join(changes_of(each)) or "nothing" for each in (identity, stored))
+    if changed != told:
+        said.append(
+            f"the store's pictures were changed since they were recorded by {told}, this run's by {changed}: name a "
+            "source with the store's, or another --store."
+        )
     asked, there = (_given_route(each) for each in (identity, stored))
     if asked != there:
         has, remedy = ("no routes", "leave --route out")

@@ -7,7 +7,7 @@ be told, and nothing is guessed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ STEP_S = 0.2
 """Least time between two frames that are compared."""
 LOOKED_S = 240.0
 """Length of the film's beginning that is looked at."""
+REORDERED = 64
+"""Packets among which the first frame to be shown is."""
 MIN_PAIRS = 25
 MIN_TURNED_RAD = 0.5
 """Turning within what overlaps, without which a likeness tells nothing."""
@@ -73,6 +75,16 @@ def shown_us(film: Path) -> NDArray[np.int64]:
         raise BadClipError("undecodable_video", f"{film.name} has {len(shown)} frames, or two at one time.")
     since_us: NDArray[np.int64] = np.rint((shown - shown[0]) * (base * 1e6)).astype(np.int64)
     return since_us
+
+
+def first_shown_s(film: Path) -> float:
+    """When the first frame is shown, on the clock of all of the film's streams. Raises `BadClipError`."""
+    with opened(film, formats=FORMATS) as (container, stream):
+        packets = islice((packet for packet in container.demux(stream) if packet.size), REORDERED)
+        shown = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
+        if not shown:
+            raise BadClipError("undecodable_video", f"{film.name} does not say when its frames are shown.")
+        return float(min(shown) * stream.time_base)
 
 
 def turning_of(film: Path) -> Turning:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from alpacache.converters.dead_reckoning import dead_reckoned
 from alpacache.converters.fixes import Fixes
-from alpacache.converters.geodesy import enu_m
+from alpacache.converters.geodesy import convergence_rad, enu_m
 from alpacache.converters.log_files import UnusableError
 from alpacache.converters.smoothing import fused, headings_of, smoothed
 from alpacache.driving.poses import MAX_SPEED_MPS
@@ -77,6 +77,7 @@ def path_of(fixes: Fixes, begin: int, end: int, motion: VehicleMotion | None = N
     times_us = fixes.times_us[rows]
     heights = np.nan_to_num(values["height"], nan=float(np.nanmedian(values["height"])) if fixes.has("height") else 0.0)
     xyz = enu_m(values["latitude"], values["longitude"], heights)
+    values["course"] = values["course"] - np.rad2deg(convergence_rad(values["latitude"], values["longitude"]))
     origin = f"latitude {values['latitude'][0]:.8f}, longitude {values['longitude'][0]:.8f}, height {heights[0]:.3f} m"
     facts = {"positions": "east, north, up (m) of the first fix on the WGS 84 ellipsoid", "origin": origin}
     seconds = (times_us - times_us[0]) / 1e6

@@ -69,6 +69,8 @@ class Fixes:
     values: Mapping[str, Floats]
     """Column -> `[N]`: latitude, longitude (degrees), height (m), speed (m/s), course (degrees, 0 = north, clockwise),
     yaw_rate (rad/s, left positive), steering (of any unit and sign), accuracy (m)."""
+    breaks_us: Sequence[int] = ()
+    """Times of rows before which the log's clock was set: how long the row before is ago is not known."""
     dropped: Sequence[Dropped] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -114,6 +116,8 @@ def _gpx_rows(file: BinaryIO) -> tuple[list[tuple[int, dict[str, float]]], "_Los
         try:
             row = {key: float(said[key]) for key in ("lat", "lon", "ele", "speed", "course") if said.get(key)}
             time_us = _iso_us(said["time"])
+        except UnusableError:
+            raise
         except (KeyError, ValueError):
             lost.add("points", "without a time or with a number that is none", f"point {number}")
             continue
@@ -126,8 +130,8 @@ def _gpx_rows(file: BinaryIO) -> tuple[list[tuple[int, dict[str, float]]], "_Los
 
 def nmea_fixes(text: str, name: str) -> Fixes:
     """Fixes of an NMEA 0183 log: RMC for date, time, place, speed and course, GGA for the height, GST for errors."""
-    lost, epochs = _Lost(), dict[int, dict[str, float]]()
-    day_us, order = None, list[int]()
+    lost, epochs = _Lost(), list[tuple[int, dict[str, float]]]()
+    day_us = None
     for number, line in enumerate(text.splitlines(), start=1):
         found = re.search(r"\$([A-Z]{2})(RMC|GGA|GST),([^*$]*)\*([0-9A-Fa-f]{2})", line)
         if found is None:
@@ -155,16 +159,19 @@ def nmea_fixes(text: str, name: str) -> Fixes:
                 values |= {"height": float(fields[8]) + float(fields[10] or 0)} if fields[8] else {}
             else:
                 values = {"accuracy": float(np.hypot(float(fields[5]), float(fields[6])))} if fields[5] else {}
+        except UnusableError:
+            raise
         except (ValueError, IndexError):
             lost.add("sentences", "a field is no number", where)
             continue
         time_us = day_us + seconds_us
-        if kind != "RMC" and order and time_us < order[-1] - DAY_US // 2:
+        if kind != "RMC" and epochs and time_us < epochs[-1][0] - DAY_US // 2:
             time_us += DAY_US  # the first sentence after midnight; the date comes with the next
-        if not order or order[-1] != time_us:
-            order.append(time_us)
-        epochs.setdefault(time_us, {}).update(values)
-    rows = [(time_us, epochs[time_us]) for time_us in order if "latitude" in epochs[time_us]]
+        own = next((said for at_us, said in epochs[-2:] if at_us == time_us), None)
+        if own is None:  # a clock that was set back says the same times again, of other places
+            epochs.append((time_us, own := {}))
+        own.update(values)
+    rows = [(time_us, said) for time_us, said in epochs if "latitude" in said]
     if not rows and not lost:
         raise UnusableError(f"{name} holds no RMC sentence of NMEA 0183, nor is it named .gpx or .csv")
     facts = {
@@ -179,7 +186,8 @@ def nmea_fixes(text: str, name: str) -> Fixes:
 
 def csv_fixes(text: str, name: str) -> Fixes:
     """Rows of a CSV table with names of columns in its first line."""
-    lines = csv.reader(text.replace("\0", "").splitlines(), delimiter=_delimiter(text))
+    delimiter = _delimiter(text)
+    lines = csv.reader(text.replace("\0", "").splitlines(), delimiter=delimiter)
     heads = [_plain(head) for head in next(lines, [])]
     time_at, unit = _time_column(heads, name)
     columns = {at: NUMBERS[head] for at, head in enumerate(heads) if head in NUMBERS}
@@ -189,7 +197,12 @@ def csv_fixes(text: str, name: str) -> Fixes:
     for number, line in enumerate(lines, start=2):
         if not any(cell.strip() for cell in line):
             continue
+        if any(cell.strip() for cell in line[len(heads) :]):
+            why = "more fields than columns; between commas, numbers need decimal points"
+            lost.add("rows", why, f"line {number}")
+            continue
         try:
+            line = line if delimiter == "," else list(map(_with_point, line))
             stamp = line[time_at].strip()
             row = {what: float(line[at]) * scale for at, (what, scale) in columns.items() if line[at].strip()}
         except (IndexError, ValueError):
@@ -259,9 +272,20 @@ def _table(
         times_us=times_us[forth],
         absolute=absolute,
         values={name: column[forth] for name, column in values.items()},
+        breaks_us=_breaks_us(times_us, np.setdiff1d(kept, forth), forth),
         dropped=lost.items(),
         facts=facts,
     )
+
+
+def _breaks_us(times_us: NDArray[np.int64], left: NDArray[np.intp], kept: NDArray[np.intp]) -> list[int]:
+    """Times of kept rows that follow rows left out of the order of time.
+
+    One row in the wrong place is no more than that, but a clock that goes on from another time has been set.
+    """
+    places = np.searchsorted(kept, left)
+    inner = [int(place) for place in np.unique(places) if 0 < place < len(kept)]
+    return [int(times_us[kept[place]]) for place in inner if len(np.unique(times_us[left[places == place]])) > 1]
 
 
 def _csv_times(stamps: Sequence[str], unit: str | None, head: str, name: str) -> tuple[list[int], bool, str]:
@@ -271,6 +295,8 @@ def _csv_times(stamps: Sequence[str], unit: str | None, head: str, name: str) ->
     except ValueError:
         try:
             return [_iso_us(stamp) for stamp in stamps], True, f"{head}, as UTC"
+        except UnusableError:
+            raise
         except ValueError as error:
             raise UnusableError(f"{name}: column {head} holds neither numbers nor ISO times ({error})") from error
     if len(numbers) < 2:
@@ -324,12 +350,25 @@ def _plain(head: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", head.strip().lower()).strip("_")
 
 
+def _with_point(cell: str) -> str:
+    """`48,137` as `48.137`: tables with another delimiter than the comma are written with it for the decimal point."""
+    return re.sub(r"^(\s*[+-]?\d+),(\d+)", r"\1.\2", cell)
+
+
 def _delimiter(text: str) -> str:
     first = text.partition("\n")[0]
     return max(",;\t", key=first.count)
 
 
+def _refuse_leap(text: str, second: str) -> None:
+    """Times behind a leap second would follow those before it a second too soon. Raises `UnusableError`."""
+    if second == "60":
+        raise UnusableError(f"{text[:40]} is a leap second, which a clock of 1970 does not have; cut the log there")
+
+
 def _iso_us(text: str) -> int:
+    if found := re.search(r"\d:\d\d:(\d\d)", text):
+        _refuse_leap(text, found[1])
     at = datetime.fromisoformat(text.strip())
     since = (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
@@ -339,11 +378,14 @@ def _of_day_us(text: str) -> int:
     """`hhmmss.ss` as microseconds of the day."""
     if not re.fullmatch(r"\d{6}(\.\d{1,6})?", text):
         raise ValueError(text)
+    _refuse_leap(text, text[4:6])
     return (int(text[:2]) * 3600 + int(text[2:4]) * 60) * 1_000_000 + round(float(text[4:]) * 1e6)
 
 
 def _date_us(text: str) -> int:
-    day = datetime(2000 + int(text[4:6]), int(text[2:4]), int(text[:2]), tzinfo=UTC)
+    """`ddmmyy` as microseconds of 1970; GPS itself began in 1980, which a receiver says that does not know the date."""
+    year = int(text[4:6])
+    day = datetime((1900 if year >= 80 else 2000) + year, int(text[2:4]), int(text[:2]), tzinfo=UTC)
     return int(day.timestamp()) * 1_000_000
 
 

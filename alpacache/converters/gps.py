@@ -1,6 +1,7 @@
 """A film and a log of a satellite receiver beside it, with or without speed and yaw rate or steering.
 
     FOLDER/drive.mp4     FOLDER/drive.gpx, drive.nmea or drive.csv     and perhaps FOLDER/drive.vehicle.csv
+    FOLDER/GX010001.MP4  of a GoPro, whose fixes are in the film itself
 
 Fixes become metres east, north and up on the ellipsoid, are smoothed forwards and backwards, and the heading is the
 course; at standstill it is held. What the smoother knows of its own error is reported, and a stretch on which it knows
@@ -24,6 +25,7 @@ from alpacache.converters.drive import Dropped, Film, LoggedDrive
 from alpacache.converters.film_clock import FilmStart, find_start, shown_us, turning_of
 from alpacache.converters.fix_path import SmoothPath, VehicleMotion, driven_path, path_of
 from alpacache.converters.fixes import Fixes, read_fixes
+from alpacache.converters.gopro import film_fixes
 from alpacache.converters.kind import Kind
 from alpacache.converters.log_files import UnusableError, poses_alone
 from alpacache.driving.cameras import FRONT_CAMERA
@@ -31,7 +33,10 @@ from alpacache.driving.poses import Track
 from alpacache.errors import BadClipError, UsageError
 from alpacache.sources.camera_files import FILMS
 
-READS = "a log (.gpx, .nmea, .csv), with a film of the same name beside it (.mp4, .mov, .mkv), or a folder of such"
+READS = (
+    "a log (.gpx, .nmea, .csv), with a film of the same name beside it (.mp4, .mov, .mkv), a film of a GoPro, or a "
+    "folder of such"
+)
 LOGS = (".gpx", ".nmea", ".csv", ".txt", ".log")
 VEHICLE = ".vehicle.csv"
 MAX_GAP_S = 1.5
@@ -44,6 +49,7 @@ class _Parts(NamedTuple):
 
     film: Path | None
     log: Path
+    """The film itself where no log is beside it: a GoPro writes its fixes there."""
     vehicle: Path | None
 
 
@@ -60,8 +66,12 @@ def film_drives(
     film: Path | None, log: Path, vehicle: Path | None, *, film_start: str | None
 ) -> Iterator[LoggedDrive | Dropped]:
     """Stretches of one film that can be used. Raises `BadClipError`."""
-    fixes = read_fixes(log)
-    motion = _motion_of(fixes, None if vehicle is None else read_fixes(vehicle))
+    fixes = film_fixes(log) if log == film else read_fixes(log)
+    if fixes is None:
+        raise UnusableError(f"no log is beside it ({log.stem}.gpx, .nmea or .csv), and it has no telemetry of a GoPro")
+    beside = None if vehicle is None else read_fixes(vehicle)
+    motion = _motion_of(fixes, beside)
+    breaks_us = [*fixes.breaks_us, *(() if beside is None else beside.breaks_us)]
     has_places = _has_places(fixes, motion, log)
     if has_places and motion is not None:
         fixes = _within(fixes, motion)
@@ -69,7 +79,7 @@ def film_drives(
     rows_us = fixes.times_us if has_places or motion is None else motion.times_us
     dropped = list(fixes.dropped)
     paths, short = [], 0
-    for begin, end in _stretches(rows_us, gap_s):
+    for begin, end in _stretches(rows_us, gap_s, breaks_us):
         if rows_us[end - 1] - rows_us[begin] < SHORTEST_US:
             short += 1
             continue
@@ -83,7 +93,8 @@ def film_drives(
             reason = f"{log.name}, {first_s:.1f} to {last_s:.1f} s: {error}"
             dropped.append(Dropped(what="stretches", count=1, reason=reason))
     if short:
-        reason = f"shorter than {SHORTEST_US / 1e6:.1f} s, between gaps of more than {gap_s:g} s in {log.name}"
+        between = f"between gaps of more than {gap_s:g} s or settings of the clock in {log.name}"
+        reason = f"shorter than {SHORTEST_US / 1e6:.1f} s, {between}"
         dropped.append(Dropped(what="stretches", count=short, reason=reason))
     if not paths:
         raise UnusableError("; ".join(f"{drop.what} ({drop.count}): {drop.reason}" for drop in dropped))
@@ -91,7 +102,9 @@ def film_drives(
         times_us, clock = np.empty(0, dtype=np.int64), "none"
     else:
         shown = shown_us(film)
-        start_us, clock = _film_start(film, film_start, fixes, paths)
+        start_us, clock = (
+            (0, "its own") if log == film and film_start is None else (_film_start(film, film_start, fixes, paths))
+        )
         times_us = start_us + shown
     for number, path in enumerate(paths):
         first, last = np.searchsorted(times_us, [path.times_us[0], path.times_us[-1]], side="left")
@@ -114,10 +127,11 @@ def film_drives(
     yield from dropped
 
 
-def _stretches(times_us: NDArray[np.int64], gap_s: float) -> list[tuple[int, int]]:
-    """Rows from one index up to another without a gap."""
-    cuts = np.flatnonzero(np.diff(times_us) > gap_s * 1e6) + 1
-    return list(pairwise([0, *cuts.tolist(), len(times_us)]))
+def _stretches(times_us: NDArray[np.int64], gap_s: float, breaks_us: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows from one index up to another without a gap, and without a time from which on the clock is another."""
+    gaps = np.flatnonzero(np.diff(times_us) > gap_s * 1e6) + 1
+    cuts = np.union1d(gaps, np.searchsorted(times_us, np.array(breaks_us, dtype=np.int64)))
+    return list(pairwise([0, *cuts[(cuts > 0) & (cuts < len(times_us))].tolist(), len(times_us)]))
 
 
 def _has_places(fixes: Fixes, motion: VehicleMotion | None, log: Path) -> bool:
@@ -223,11 +237,10 @@ def _pairs(place: Path) -> list[_Parts]:
 
 def _of_film(film: Path, logs: Sequence[Path], files: Sequence[Path]) -> _Parts:
     own = [log for log in logs if log.stem == film.stem]
-    if len(own) != 1:
-        found = " and ".join(log.name for log in own) or "none"
-        expected = f"expected one log beside it, {film.stem}.gpx, .nmea or .csv"
-        raise UsageError(f"{film}: {expected}; there is {found}.")
-    return _of_log(own[0], [film], files)
+    if len(own) > 1:
+        found = " and ".join(log.name for log in own)
+        raise UsageError(f"{film}: {found} are beside it; keep the log that belongs to it.")
+    return _of_log(own[0] if own else film, [film], files)
 
 
 def _of_log(log: Path, films: Sequence[Path], files: Sequence[Path]) -> _Parts:

@@ -21,7 +21,7 @@ from alpacache.converters.drive import Camera, Dropped, Film, LoggedDrive, Pictu
 from alpacache.converters.fix_path import PLACE_M, path_of
 from alpacache.converters.fixes import COLUMNS, Fixes
 from alpacache.converters.kind import Kind
-from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set
+from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set, tasks_of
 from alpacache.converters.lerobot_windows import Rows, Window, each_moment_once
 from alpacache.converters.log_files import UnusableError, as_microseconds, poses_alone
 from alpacache.converters.remux import film_frames
@@ -63,6 +63,8 @@ L2D: Mapping[str, str] = {
 L2D_CAMERA = "observation.images.front_left"
 MOST_SKIPPED = 10
 """Most frames that the beginning of a part gives up to begin at a key frame."""
+TASK, TASK_INDEX = "task", "task_index"
+"""What a route can be read from where it is no column: the index's text of each row's task."""
 SESSION = "session_id"
 """A column whose name ends so tells which drive a row is of."""
 
@@ -97,7 +99,7 @@ def _drive(data_set: DataSet, part: Rows, wanted: Mapping[str, str], cameras: Ma
         if name in UNITS
     }
     dropped: list[Dropped] = []
-    routes = _routes(table, part, rows, wanted, dropped)
+    routes = _routes(data_set, table, part, rows, wanted, dropped)
     facts: dict[str, Any] = {**wanted, "episode": part.episode.index, "drive": part.drive}
     if data_set.hub is not None:
         facts["hub"] = f"{data_set.hub.repo} at {data_set.hub.revision}"
@@ -218,13 +220,18 @@ def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> W
 
 
 def _routes(
-    table: Any, part: Rows, rows: slice, wanted: Mapping[str, str], dropped: list[Dropped]
+    data_set: DataSet, table: Any, part: Rows, rows: slice, wanted: Mapping[str, str], dropped: list[Dropped]
 ) -> list[tuple[int, str]]:
     """Times at which the text changes."""
     if "route" not in wanted:
         return []
     routes: list[tuple[int, str]] = []
-    for time_us, text in zip(part.times_us.tolist(), table.column(wanted["route"])[rows].to_pylist(), strict=True):
+    column, _ = _column(data_set, wanted["route"])
+    said = table.column(column)[rows].to_pylist()
+    if column == TASK_INDEX:
+        tasks = tasks_of(data_set.root)
+        said = [tasks.get(number) for number in said]
+    for time_us, text in zip(part.times_us.tolist(), said, strict=True):
         text = text[0] if isinstance(text, list) and text else text
         try:
             text = check_route(text) or ""
@@ -277,6 +284,8 @@ def _column(data_set: DataSet, source: str) -> tuple[str, int | None]:
     """Column and part of `observation.state.vehicle.speed` or `observation.state[3]`. Raises `UsageError`."""
     if source in data_set.features or source == "timestamp":
         return source, None
+    if source == TASK:
+        return TASK_INDEX, None
     if (found := re.fullmatch(r"(.+)\[(\d{1,4})\]", source)) and found[1] in data_set.features:
         return found[1], int(found[2])
     column, _, axis = source.rpartition(".")
@@ -303,8 +312,10 @@ def _wanted(data_set: DataSet, columns: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--map {entry}: {name} is unknown; expected NAME=COLUMN with one of {known}.")
     for name, source in wanted.items():
         column, _ = _column(data_set, source)
-        if name == "route" and data_set.features[column].get("dtype") != "string":
-            raise UsageError(f"--map route={source}: expected a column of texts.")
+        if name == "route" and column == TASK_INDEX:
+            tasks_of(data_set.root)
+        elif name == "route" and data_set.features[column].get("dtype") != "string":
+            raise UsageError(f"--map route={source}: expected a column of texts, or task.")
     has = {UNITS[name][0] for name in wanted if name in UNITS}
     if not (
         {"latitude", "longitude"} <= has or ({"x", "y"} <= has and ("yaw" in has or {"qx", "qy", "qz", "qw"} <= has))

@@ -92,8 +92,10 @@ def read_data_set(place: Path) -> DataSet:
     info_file = root / INFO
     try:
         info = strict_json.loads(read_text(info_file, limit_bytes=2**24))
-    except (ValueError, BadClipError) as error:
-        raise UsageError(f"{info_file} cannot be read ({error}); expected {READS}.") from error
+    except BadClipError as error:  # says which file
+        raise UsageError(f"{error}; expected {READS}.") from error
+    except ValueError as error:
+        raise UsageError(f"{info_file} is no JSON object ({error}); expected {READS}.") from error
     try:
         version = str(info["codebase_version"]).removeprefix("v")
         features = {str(key): dict(value) for key, value in info["features"].items()}
@@ -113,6 +115,27 @@ def read_data_set(place: Path) -> DataSet:
     if not episodes:
         raise UsageError(f"{root / 'meta'} names no episode.")
     return DataSet(root=root, hub=hub, fps=fps, features=features, episodes=episodes)
+
+
+@lru_cache(maxsize=2)
+def tasks_of(root: Path) -> Mapping[int, str]:
+    """Text of each `task_index`. Raises `UsageError` for a data set whose index does not say them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
+    try:
+        if table.is_file():  # version 3: the text is the index of a table of pandas, under whatever name
+            check_table(table, where=str(table))
+            rows = pq.read_table(table)
+            texts = next(name for name in rows.column_names if pa.types.is_string(rows.schema.field(name).type))
+            return dict(zip(rows["task_index"].to_pylist(), rows[texts].to_pylist(), strict=True))
+        read = [strict_json.loads(line) for line in read_text(lines).splitlines() if line.strip()]
+        return {int(row["task_index"]): str(row["task"]) for row in read}
+    except BadClipError as error:
+        raise UsageError(f"{error}; texts of tasks are there.") from error
+    except (ValueError, KeyError, TypeError, StopIteration, pa.ArrowException) as error:
+        raise UsageError(f"{table if table.is_file() else lines} does not hold the texts of tasks.") from error
 
 
 def frames_of(film: Path, begin_s: float, stamps_s: Any) -> int:

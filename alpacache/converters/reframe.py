@@ -38,6 +38,11 @@ class Reframe:
     pad: bool = False
     """Put black beside or above and below, up to `ASPECT`."""
 
+    @property
+    def changes(self) -> list[str]:
+        """What is done, in this order, as an index of recordings names it."""
+        return [name for name in ("undistort", "crop", "pad") if getattr(self, name)]
+
     def drives(self, drives: Iterable[LoggedDrive | Dropped]) -> Iterator[LoggedDrive | Dropped]:
         """The drives with their pictures and lenses changed; one without the lens that it takes is `Dropped`."""
         for drive in drives:
@@ -54,8 +59,8 @@ class Reframe:
             cameras[name] = Arrays(times_us=camera.times_us, read=partial(self._read, camera, places, drive.name))
             if name in lenses:
                 lenses[name] = self.lens(lenses[name])
-        done = [name for name in ("undistort", "crop", "pad") if getattr(self, name)]
-        facts = {**drive.facts, "pictures": f"changed: {', '.join(done)}, to {ASPECT:.4g} : 1"}
+        shape = f", to {ASPECT:.4g} : 1" if self.crop or self.pad else ""
+        facts = {**drive.facts, "pictures": f"changed: {', '.join(self.changes)}{shape}"}
         return replace(drive, cameras=cameras, calibration=lenses, facts=facts)
 
     def lens(self, lens: Mapping[str, Any]) -> dict[str, Any]:

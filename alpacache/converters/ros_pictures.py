@@ -189,19 +189,19 @@ def is_key_packet(data: bytes, codec: str) -> bool:
 
 
 _CHANNELS = {
-    "rgb8": (3, [0, 1, 2]),
-    "bgr8": (3, [2, 1, 0]),
-    "rgba8": (4, [0, 1, 2]),
-    "bgra8": (4, [2, 1, 0]),
-    "8uc3": (3, [2, 1, 0]),
-    "mono8": (1, [0, 0, 0]),
-    "8uc1": (1, [0, 0, 0]),
+    "rgb": (3, [0, 1, 2]),
+    "bgr": (3, [2, 1, 0]),
+    "rgba": (4, [0, 1, 2]),
+    "bgra": (4, [2, 1, 0]),
+    "mono": (1, [0, 0, 0]),
 }
-"""Encoding -> bytes a pixel, and which of them are red, green and blue."""
-_BAYER = {"bayer_rggb8": (0, 0), "bayer_bggr8": (1, 1), "bayer_grbg8": (0, 1), "bayer_gbrg8": (1, 0)}
-"""Encoding -> row and column of the first red pixel."""
+"""Colours of an encoding -> values a pixel, and which of them are red, green and blue."""
+_BAYER = {"bayer_rggb": (0, 0), "bayer_bggr": (1, 1), "bayer_grbg": (0, 1), "bayer_gbrg": (1, 0)}
+"""Colours of an encoding -> row and column of the first red pixel."""
 _YUV = {"yuv422": (1, 0, 2), "uyvy": (1, 0, 2), "yuv422_yuy2": (0, 1, 3), "yuyv": (0, 1, 3)}
 """Encoding -> place of the first brightness, of the blue and of the red difference in the four bytes of two pixels."""
+_NUMBERED = {"uc1": "mono", "uc3": "bgr", "uc4": "bgra"}
+"""OpenCV's names, whose order of colours is blue, green, red."""
 
 
 def _raw_size(value: Any) -> int:
@@ -216,30 +216,42 @@ def raw_picture(value: Any, *, where: str, look: bool = False) -> NDArray[np.uin
     if not all(isinstance(size, int) and size > 0 for size in (width, height, step)):
         raise BadClipError("wrong_shape", f"{where}: a picture of {width} x {height}, rows of {step} bytes.")
     check_size(width, height, where=where)
-    wide = 2 if encoding in ("mono16", "16uc1") else 2 if encoding in _YUV else _CHANNELS.get(encoding, (1, []))[0]
-    if encoding not in (*_CHANNELS, *_BAYER, *_YUV, "mono16", "16uc1"):
-        known = ", ".join((*_CHANNELS, "mono16", *_BAYER, *_YUV))
+    colours, bits = _colours_and_bits(encoding)
+    if colours not in (*_CHANNELS, *_BAYER, *_YUV):
+        known = ", ".join((*(f"{name}8, {name}16" for name in (*_CHANNELS, *_BAYER)), *_YUV))
         raise BadClipError("undecodable_video", f"{where}: encoding {encoding[:40]!r} is not read; these are: {known}.")
+    values = (width + 1) // 2 * 4 if colours in _YUV else width * _CHANNELS.get(colours, (1, []))[0]
     data = content_of(value, where=where)
-    if len(data) != step * height or step < width * wide:
+    if len(data) != step * height or step < values * bits // 8:
         reason = f"{len(data):,} bytes for {height} rows of {step}, {width} pixels wide as {encoding}"
         raise BadClipError("wrong_shape", f"{where}: {reason}.")
     if look:
         return np.zeros((0, 0, 3), np.uint8)
-    rows = np.frombuffer(data, np.uint8).reshape(height, step)[:, : width * wide]
-    if encoding in _CHANNELS:
-        return np.ascontiguousarray(rows.reshape(height, width, wide)[:, :, _CHANNELS[encoding][1]])
-    if encoding in ("mono16", "16uc1"):
-        high = rows.reshape(height, width, 2)[:, :, 0 if part(value, "is_bigendian") else 1]
-        return np.stack([high] * 3, axis=2)
+    rows = np.frombuffer(data, np.uint8).reshape(height, step)[:, : values * bits // 8]
+    if bits == 16:  # what a JPEG keeps of them
+        rows = rows[:, 0 if part(value, "is_bigendian") else 1 :: 2]
+    if colours in _CHANNELS:
+        return np.ascontiguousarray(rows.reshape(height, width, -1)[:, :, _CHANNELS[colours][1]])
+    if colours in _YUV:
+        return np.ascontiguousarray(_from_yuv(rows, *_YUV[colours])[:, :width])
+    return _from_bayer(rows, *_BAYER[colours])
+
+
+def _colours_and_bits(encoding: str) -> tuple[str, int]:
+    """`bgr8` as `bgr` and 8, `16uc1` as `mono` and 16; names of YUV say no number."""
     if encoding in _YUV:
-        return _from_yuv(rows, *_YUV[encoding])
-    return _from_bayer(rows, *_BAYER[encoding])
+        return encoding, 8
+    for bits in (8, 16):
+        if encoding.endswith(str(bits)):
+            return encoding.removesuffix(str(bits)), bits
+        if encoding.startswith(f"{bits}uc"):
+            return _NUMBERED.get(encoding.removeprefix(str(bits)), encoding), bits
+    return encoding, 8
 
 
 def _from_yuv(rows: NDArray[np.uint8], first: int, blue: int, red: int) -> NDArray[np.uint8]:
     """Two pixels in four bytes, as BT.601 of video range has them."""
-    quads = rows[:, : rows.shape[1] // 4 * 4].reshape(rows.shape[0], -1, 4).astype(np.float32)
+    quads = rows.reshape(rows.shape[0], -1, 4).astype(np.float32)
     bright = 1.164 * (quads[:, :, [first, first + 2]].reshape(rows.shape[0], -1) - 16)
     u, v = (np.repeat(quads[:, :, place], 2, axis=1) - 128 for place in (blue, red))
     colours = np.stack([bright + 1.596 * v, bright - 0.813 * v - 0.392 * u, bright + 2.017 * u], axis=2)

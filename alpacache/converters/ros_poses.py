@@ -7,6 +7,7 @@ frames called `*_optical*` look along z. The header's stamp is when something wa
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from alpacache.converters.dead_reckoning import yaw_quaternions
 from alpacache.converters.drive import Dropped, Point, increasing
-from alpacache.converters.geodesy import enu_m
+from alpacache.converters.geodesy import convergence_rad, enu_m
 from alpacache.converters.messages import Message, numbers, part
 from alpacache.converters.transforms import BODY_FRAMES, FrameTree, is_pose, microseconds, stamp_of
 from alpacache.driving.poses import MAX_GAP_US, Track
@@ -101,7 +102,7 @@ class PoseReader:
             known = ", ".join(sorted(POSE_TYPES))
             raise UsageError(f"{topic} is of type {kind or 'unknown'}, which holds no poses; these do: {known}.")
         self._kind, self._frames, self._heading = kind, tuple(frames), heading
-        self._clock, self._rows, self._names = Clocked(topic, stamps), list[list[float]](), Counter[tuple[str, str]]()
+        self._clock, self._rows, self._names = Clocked(topic, stamps), list[list[float]](), list[tuple[str, str]]()
         self._tree, self._headings = FrameTree(), _Headings(heading, stamps)
         self._no_fix = 0
         self.topics = {topic, STATIC, *([heading] if heading else [])}
@@ -115,8 +116,7 @@ class PoseReader:
         elif message.topic == self._clock.topic:
             value = message.read()
             if self._kind in _TREES:
-                if self._clock.time_of(message, stamp_of(value)) is not None:
-                    self._tree.take(value, static=False)
+                self._tree.take(value, static=False, time_of=partial(self._clock.time_of, message))
                 return
             row = POSE_TYPES[self._kind](value)
             if self._kind == "sensor_msgs/NavSatFix" and part(value, "status", "status") == NO_FIX:
@@ -124,7 +124,7 @@ class PoseReader:
             elif self._clock.time_of(message, stamp_of(value)) is not None:
                 self._rows.append(row)
                 names = (part(value, "header", "frame_id") or "", part(value, "child_frame_id") or "")
-                self._names[str(names[0]), str(names[1])] += 1
+                self._names.append((str(names[0]), str(names[1])))
 
     def found(self) -> FoundPoses:
         """The track. Raises `UsageError` without enough to make one."""
@@ -135,7 +135,10 @@ class PoseReader:
         if self._kind in _TREES:
             return self._of_tree(facts, dropped)
         rows, times = np.array(self._rows, np.float64), microseconds(self._clock.stamps_ns)
+        (frame, child), _ = Counter(self._names).most_common(1)[0]
+        rows, times = self._of_one_frame(rows, times, (frame, child), dropped)
         if self._kind in _TWISTS:
+            facts["twist_frame"] = child or frame or "not said; taken for the vehicle's"
             return self._of_twists(times, rows, facts, dropped)
         if self._kind == "sensor_msgs/NavSatFix":
             return self._of_fixes(times, rows, facts, dropped)
@@ -144,14 +147,20 @@ class PoseReader:
             reason = f"{self._clock.topic}: not finite, or a quaternion that is no rotation"
             dropped.append(Dropped(what="poses", count=int((~sound).sum()), reason=reason))
         times, rows = _in_order(times[sound], rows[sound], facts, dropped, self._clock.topic)
-        (frame, child), _ = self._names.most_common(1)[0]
         facts |= {"frame": frame, "body_frame": child or "not said by this type; taken for the vehicle's"}
-        if len(self._names) > 1:
-            facts["other_frames"] = [
-                f"{one} -> {other}" for one, other in self._names if (one, other) != (frame, child)
-            ]
         track = Track(timestamps_us=times, xyz=rows[:, :3], quaternion_xyzw=rows[:, 3:])
         return self._at_body(track, child.strip("/"), facts, dropped)
+
+    def _of_one_frame(
+        self, rows: NDArray[np.float64], times: NDArray[np.int64], wanted: tuple[str, str], dropped: list[Dropped]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Rows of the frames that most have: those of others are of another place, or of another body."""
+        own = np.array([names == wanted for names in self._names])
+        if not own.all():
+            other = " -> ".join(self._names[int(np.argmin(own))])
+            reason = f"{self._clock.topic}: of {other}, and most are of {' -> '.join(wanted)}"
+            dropped.append(Dropped(what="poses", count=int((~own).sum()), reason=reason))
+        return rows[own], times[own]
 
     def _of_tree(self, facts: dict[str, Any], dropped: list[Dropped]) -> FoundPoses:
         root, child = self._frames if len(self._frames) == 2 else (None, None)
@@ -209,10 +218,12 @@ class PoseReader:
         if not inside.any():
             raise UsageError(f"{self._heading} and {self._clock.topic} have no time in common with fixes each second.")
         at, yaw = at[inside], yaw[inside]
+        seconds = (at - times[0]) / 1e6
+        north = convergence_rad(*rows[:, :2].T)
         track = Track(
             timestamps_us=at,
-            xyz=CubicSpline(times - times[0], xyz)(at - times[0]),
-            quaternion_xyzw=yaw_quaternions(yaw),
+            xyz=CubicSpline((times - times[0]) / 1e6, xyz)(seconds),
+            quaternion_xyzw=yaw_quaternions(yaw + np.interp(seconds, (times - times[0]) / 1e6, north)),
         )
         origin = dict(zip(("latitude_deg", "longitude_deg", "height_m"), rows[0].tolist(), strict=True))
         facts |= {"frame": "east, north, up of the first fix, exact on WGS 84", "origin": origin}

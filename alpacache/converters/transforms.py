@@ -3,7 +3,7 @@
 Each edge moves on its own clock: to compose several, each is interpolated at the times that are asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,13 +55,18 @@ class FrameTree:
         self.moving: dict[str, Edge] = {}
         self.static: dict[str, Edge] = {}
 
-    def take(self, value: Any, *, static: bool) -> None:
-        """Add the transforms of a message."""
+    def take(
+        self, value: Any, *, static: bool, time_of: Callable[[int | None], int | None] = lambda stamp: stamp
+    ) -> None:
+        """Add the transforms of a message; `time_of` makes a time of each one's stamp, or None of one to leave out."""
         transforms = part(value, "transforms")
         for item in [value] if transforms is None else transforms:
             parent = part(item, "header", "frame_id") or part(item, "parent_frame_id")
-            child, stamp = part(item, "child_frame_id"), stamp_ns(item)
+            child = part(item, "child_frame_id")
             if not isinstance(parent, str) or not isinstance(child, str):
+                continue
+            stamp = 0 if static else time_of(stamp_ns(item))
+            if stamp is None:
                 continue
             inner = part(item, "transform") or item
             move, turn = part(inner, "translation"), part(inner, "rotation")
@@ -70,7 +75,7 @@ class FrameTree:
             if len(edges) >= MOST_EDGES:
                 raise UsageError(f"more than {MOST_EDGES:,} coordinate frames; is this log of one vehicle?")
             edge = edges.setdefault(child.strip("/"), Edge(parent.strip("/")))
-            edge.stamps_ns.append(0 if stamp is None else stamp)
+            edge.stamps_ns.append(stamp)
             edge.rows.append(row)
 
     @property
@@ -149,7 +154,6 @@ class FrameTree:
 
 
 def stamp_of(value: Any) -> int | None:
-    """A message's own time; of a message of transforms, the first one's."""
-    own = stamp_ns(value) if stamp_ns(value) is not None else time_ns(part(value, "stamp"))
-    transforms = part(value, "transforms")
-    return stamp_ns(transforms[0]) if own is None and transforms else own
+    """A message's own time."""
+    own = stamp_ns(value)
+    return own if own is not None else time_ns(part(value, "stamp"))

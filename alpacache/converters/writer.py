@@ -65,7 +65,8 @@ class ConvertReport:
 
     out: str
     clips: tuple[dict[str, Any], ...]
-    """Each clip's name, drive, seconds, poses, routes and cameras, with how pictures were written."""
+    """Each clip's name, drive, seconds, poses, routes and cameras, with how pictures were written, and where the pose
+    stood: `pose` with the point, the offset and the mount. Clips of an earlier version lack that."""
     kept: int
     """Clips of them that an earlier command had written."""
     dropped: tuple[Dropped, ...]
@@ -79,6 +80,7 @@ def convert(
     *,
     name: str,
     settings: Mapping[str, Any],
+    changes: Sequence[str] = (),
     clip_seconds: float | None = None,
     offset_m: Triple | None = None,
     mount_deg: Mount | None = None,
@@ -90,6 +92,8 @@ def convert(
     Args:
         name: of the data set.
         settings: what the result depends on; a folder of other settings is refused.
+        changes: what was done to the pictures since they were recorded; it goes to the index, and so to the identity of
+            stores.
         clip_seconds, offset_m, mount_deg: see `clips`.
         is_stopped: asked between frames; then `InterruptedRunError` is raised, and finished clips stay.
 
@@ -111,7 +115,7 @@ def convert(
             if not writer.clips:
                 reasons = "; ".join(drop.reason for drop in writer.dropped[:3]) or "the input holds no drive"
                 raise SourceError(f"nothing could be converted: {reasons}.")
-            return writer.finish(name)
+            return writer.finish(name, changes)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):  # unless there is something to go on with
@@ -200,11 +204,12 @@ class _Writer:
         except (BadClipError, UsageError) as error:  # such as a mount that cannot be estimated on this drive
             self.dropped.append(Dropped(what="drives", count=1, reason=str(error).rstrip(".")))
 
-    def finish(self, name: str) -> ConvertReport:
+    def finish(self, name: str, changes: Sequence[str]) -> ConvertReport:
         """Write the index and the report."""
         written = [camera for clip in self.clips.values() for camera in clip["cameras"]]
         cameras = sort_cameras(written or [FRONT_CAMERA])  # an index names one, also where only poses are there so far
         index = {"name": name, "cameras": list(cameras), "clips": list(self.clips)}
+        index |= {"changes": list(changes)} if changes else {}
         report = ConvertReport(
             out=str(self._out),
             clips=tuple(self.clips.values()),
@@ -255,7 +260,7 @@ class _Writer:
                 for name, camera in drive.cameras.items()
             }
             self._write_tables(draft, drive, piece)
-            clip = self._summary(drive, piece, cameras)
+            clip = self._summary(drive, piece, cameras, settled)
             record = {"clip": clip, "alpacache": __version__, "settings": self._settings}
             record |= {"pose": settled.record, "facts": drive.facts}
             (draft / PROVENANCE).write_bytes(_json(record))
@@ -268,7 +273,7 @@ class _Writer:
             shutil.rmtree(draft, ignore_errors=True)
         self.clips[piece.name] = clip
 
-    def _summary(self, drive: LoggedDrive, piece: Piece, cameras: dict[str, Any]) -> dict[str, Any]:
+    def _summary(self, drive: LoggedDrive, piece: Piece, cameras: dict[str, Any], settled: Settled) -> dict[str, Any]:
         stamps = piece.track.timestamps_us
         seconds = (min(int(stamps[-1]), piece.end_us) - max(int(stamps[0]), piece.begin_us)) / 1e6
         routes = len(routes_between(drive.routes, piece))
@@ -279,6 +284,7 @@ class _Writer:
             "poses": len(stamps),
             "routes": routes,
             "cameras": cameras,
+            "pose": settled.record,
         }
 
     def _write_tables(self, draft: Path, drive: LoggedDrive, piece: Piece) -> None:

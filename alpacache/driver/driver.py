@@ -23,7 +23,14 @@ from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, PrefixRows
 from alpacache.driver.moment import moment_of, pose_at, track_of_poses
 from alpacache.driver.weights import open_vlm
-from alpacache.driving.cameras import check_blank, full_camera_name, prompt_marks, recorded_and_blank, sort_cameras
+from alpacache.driving.cameras import (
+    changes_of,
+    check_blank,
+    full_camera_name,
+    prompt_marks,
+    recorded_and_blank,
+    sort_cameras,
+)
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import STEP_US, Floats, Sample
 from alpacache.errors import DeviceMemoryError, NonFiniteError, UsageError
@@ -100,6 +107,7 @@ class Driver:
         capture: bool = True,
         compiled: bool = False,
         trained: Mapping[str, Any] | None = None,
+        changes: Sequence[str] | None = None,
     ) -> None:
         """
         Args:
@@ -108,9 +116,10 @@ class Driver:
             capture: on a GPU, replay flow steps as a CUDA graph; the same kernels without.
             compiled: on a GPU, let torch.compile fuse the small operations of the expert's layers.
             trained: record of the checkpoint's files that the expert has in it.
+            changes: what was done to the pictures that a run was trained on since they were recorded; None: unknown.
         """
         self.checkpoint, self.frames, self.blank = checkpoint, frames, tuple(blank)
-        self.trained = trained
+        self.trained, self.changes = trained, changes
         self._vlm, self._builder, self._expert, self._capture = vlm, builder, expert, capture
         self._compiled = compiled and expert.device.type == "cuda"
         if self._compiled:
@@ -451,6 +460,7 @@ def load_driver(
         capture=capture,
         compiled=compiled,
         trained=trained,
+        changes=seen.changes,
     )
 
 
@@ -463,6 +473,7 @@ class _Recorded:
     route_tokens: bool | None = None
     frames: int | None = None
     blank: tuple[str, ...] = ()
+    changes: tuple[str, ...] | None = None
 
 
 def _recorded(state: Mapping[str, Any]) -> _Recorded:
@@ -479,6 +490,7 @@ def _recorded(state: Mapping[str, Any]) -> _Recorded:
         route_tokens=None if form is None else form == "(route)".join(ROUTE_TOKENS),
         frames=identity.get("frames"),
         blank=tuple(recorded_and_blank(identity)[1]),
+        changes=tuple(changes_of(identity)) if identity else None,
     )
 
 

@@ -4,6 +4,7 @@ The VLM looks at each moment once, whatever the number of experts. What they pre
 made, so that a run that was stopped goes on; the film itself appears at once when it is done.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,8 +40,10 @@ from alpacache.sources.blank import with_blank
 from alpacache.sources.recording import wanted_frame_times_us
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import Routes
-from alpacache.sources.source import RecordedSource, Source
+from alpacache.sources.source import RecordedSource, Source, picture_changes
 from cache_store.storage.local_files import flush
+
+_log = logging.getLogger(__name__)
 
 _AT_ONCE = 10
 """Moments whose pictures are read together."""
@@ -86,6 +89,9 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     check_track(track, where=clip)
     routes = Routes(config.route, source)
     base, others = _drivers(config)
+    if base.changes is not None and (changes := picture_changes(source)) != tuple(base.changes):
+        saw, shows = (", ".join(each) or "nothing" for each in (base.changes, changes))
+        _log.warning("trained on pictures changed by %s, and those of %s are changed by %s.", saw, source.name, shows)
     if config.route != "none":
         base.check_takes_routes()
     moments = _moments(

@@ -88,4 +88,11 @@ def marks_words(names: bool | None, numbers: bool | None) -> str:
 def camera_words(identity: Mapping[str, Any]) -> str:
     """Cameras that the VLM saw, for people; empty if a store's identity does not say."""
     recorded, blank = recorded_and_blank(identity)
-    return ", ".join(recorded) + (f", black pictures for {', '.join(blank)}" if blank else "")
+    words = ", ".join(recorded) + (f", black pictures for {', '.join(blank)}" if blank else "")
+    return f"{words}, changed by {', '.join(changes)}" if words and (changes := changes_of(identity)) else words
+
+
+def changes_of(identity: Mapping[str, Any]) -> list[str]:
+    """What was done to a store's pictures since they were recorded; empty if its identity names nothing."""
+    changes = identity.get("changes")
+    return [str(change) for change in changes] if isinstance(changes, list) else []

@@ -49,7 +49,7 @@ from alpacache.progress import OnNote
 from alpacache.sources.registry import open_source
 from alpacache.sources.routes import Routes, open_route_file
 from alpacache.sources.selection import note_on_split, select
-from alpacache.sources.source import Source
+from alpacache.sources.source import Source, picture_changes
 from alpacache.sources.stretches import share_of
 from alpacache.sources.views import views_identity
 from alpacache.torchrun import this_process
@@ -157,6 +157,7 @@ class Task:
             rollouts=self.config.tails,
             views=views_identity(self.config.views, seed=self.config.seed),
             layers=self.layers,
+            changes=picture_changes(self.source),
         )
         return identity if before is None else as_stored(identity, before)
 

@@ -1,6 +1,7 @@
 """`folder:DIR`: recordings in plain files, the layout that is easiest to make from any log.
 
-    DIR/dataset.json                        {"name": ..., "cameras": [...], "clips": [...]}
+    DIR/dataset.json                        {"name": ..., "cameras": [...], "clips": [...]}, and where pictures were
+                                            changed since they were recorded, "changes": ["undistort", "crop"]
     DIR/clips/CLIP/egomotion.parquet        timestamp (us), x y z qx qy qz qw: vehicle to world
     DIR/clips/CLIP/CAMERA.timestamps.parquet  timestamp (us), one row a frame
     DIR/clips/CLIP/CAMERA.mp4  or  CAMERA/000000.jpg, 000001.jpg, ...   (see `camera_files`)
@@ -47,7 +48,7 @@ from alpacache.sources.recording import (
     text_at,
     track_of,
 )
-from alpacache.sources.source import SourceKind
+from alpacache.sources.source import SourceKind, as_changes
 from alpacache.sources.table import no_texts, read_columns, read_texts
 from alpacache.sources.video import FilmReading
 
@@ -71,6 +72,7 @@ class FolderSource:
         index = _read_index(self._root / _INDEX)
         self.name = f"folder:{index['name']}"
         self.clip_ids: Sequence[str] = index["clips"]
+        self.changes: Sequence[str] = index["changes"]
         self.cameras = sort_cameras(cameras or index["cameras"])
         self._known = frozenset(self.clip_ids)
         self._tables: OrderedDict[tuple[Path, tuple[str, ...], int, int], dict[str, NDArray[Any]]] = OrderedDict()
@@ -269,7 +271,11 @@ def _read_index(file: Path) -> dict[str, Any]:
         raise SourceError(f"{file}: {str(odd[0])[:80]!r} cannot be a clip's name; {rule}.")
     if len(set(clips)) != len(clips):
         raise SourceError(f"{file}: clips are listed twice.")
-    return {"name": name, "cameras": cameras, "clips": clips}
+    try:
+        changes = as_changes(index.get("changes", []))
+    except ValueError as error:
+        raise SourceError(f"{file}: changes is {json.dumps(index['changes'])[:80]}; expected {error}.") from error
+    return {"name": name, "cameras": cameras, "clips": clips, "changes": changes}
 
 
 def _inside(path: Path, root: Path, *, where: str) -> Path:

@@ -20,7 +20,17 @@ from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.hub import why_unreachable
 from alpacache.regular_file import regular_size
 from alpacache.sources.folder import is_plain_name
-from alpacache.sources.prepared_rows import NEEDED, POSES, ROUTE, T0, check_columns, from_row, sound_poses
+from alpacache.sources.prepared_rows import (
+    CHANGES,
+    NEEDED,
+    POSES,
+    ROUTE,
+    T0,
+    changes_in,
+    check_columns,
+    from_row,
+    sound_poses,
+)
 from alpacache.sources.prepared_stream import StreamedRows, undecoded
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.source import SourceKind
@@ -34,7 +44,7 @@ class PreparedSource:
     """Samples that `prepare` wrote. Their moments are fixed; fewer cameras or frames than were prepared may be read."""
 
     def __init__(self, rows: "_SavedRows | StreamedRows", *, name: str) -> None:
-        self.name, self._rows = name, rows
+        self.name, self._rows, self.changes = name, rows, rows.changes
         self._row_of = {sample_id: number for number, sample_id in enumerate(rows.ids)}
         self._doubled = {sample_id for sample_id, count in Counter(rows.ids).items() if count > 1}
         self.sample_refs: Sequence[SampleRef] = [_ref(sample_id, name) for sample_id in self._row_of]
@@ -150,8 +160,10 @@ class _SavedRows:
             dataset = datasets.concatenate_datasets(list(dataset.values()))
         check_columns(dataset.column_names, name)
         self.has_routes = ROUTE in dataset.column_names
+        plain = dataset.with_format(None)
+        self.changes: Sequence[str] = changes_in(plain[CHANGES] if CHANGES in dataset.column_names else (), name)
         columns = [*NEEDED, *(name for name in (ROUTE, T0) if name in dataset.column_names)]
-        rows = undecoded(dataset.with_format(None).select_columns(columns), name)
+        rows = undecoded(plain.select_columns(columns), name)
         self.ids: Sequence[str] = list(rows["sample_id"])
 
         self.row: Callable[[int], dict[str, Any]] = rows.__getitem__

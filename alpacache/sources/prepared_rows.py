@@ -7,7 +7,7 @@ code as one of `prepare`, and its mistakes show nowhere else.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS,
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.sources.image import read_image, stack
 from alpacache.sources.recording import read_lenses, wanted_frame_times_us
+from alpacache.sources.source import as_changes
 
 POSES = {
     "history_xyz": (HISTORY_STEPS, 3),
@@ -30,6 +31,8 @@ NEEDED = ("sample_id", "cameras", "frames", "frame_timestamps_us", *POSES, "cali
 """Columns that are read. The others say where a row is from, and may be absent."""
 ROUTE = "route"
 """Column of navigation texts, read where it is there."""
+CHANGES = "changes"
+"""Column of what was done to the pictures since they were recorded, the same in all rows; absent where nothing was."""
 T0 = "t0_us"
 """Column that says what the id says, read where it is there."""
 ORIGIN_SLACK_M = ROTATION_SLACK = 0.01
@@ -49,8 +52,8 @@ class PictureFit:
     max_pixels: int
 
 
-def features(*, routes: bool = False) -> Any:
-    """Columns of a prepared dataset, with or without that of routes."""
+def features(*, routes: bool = False, changes: bool = False) -> Any:
+    """Columns of a prepared dataset, with or without those of routes and of changes to its pictures."""
     from datasets import Features, Image, List, Value
 
     vectors = List(List(Value("float32")))
@@ -69,6 +72,7 @@ def features(*, routes: bool = False) -> Any:
             "recorded_size": List(Value("int32")),
             "pixel_deviation": List(Value("float32")),
             **({ROUTE: Value("string")} if routes else {}),
+            **({CHANGES: List(Value("string"))} if changes else {}),
         }
     )
 
@@ -79,8 +83,8 @@ def check_columns(names: Sequence[str], place: str) -> None:
         raise SourceError(f"{place} lacks the columns {', '.join(absent)}; was it written by `alpacache prepare`?")
 
 
-def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, Any]:
-    """A sample as a row, its route in a column that `features` may lack; with `fit`, pictures at that processor's size.
+def to_row(sample: Sample, *, source: str, fit: PictureFit | None, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """A sample as a row, some of it in columns that `features` may lack; with `fit`, pictures at that processor's size.
 
     `pixel_deviation` is the largest and the mean difference between the pixels that the VLM will see and those of the
     recorded pictures, on their scale of -1 to 1; both are 0 without `fit`.
@@ -107,7 +111,19 @@ def to_row(sample: Sample, *, source: str, fit: PictureFit | None) -> dict[str, 
         "recorded_size": list(sample.frames.shape[-2:]),
         "pixel_deviation": list(deviation),
         ROUTE: sample.route,
+        CHANGES: list(changes),
     }
+
+
+def changes_in(told: Iterable[Any], place: str) -> tuple[str, ...]:
+    """What the rows of a dataset say in `CHANGES`. Raises `SourceError` where they do not agree."""
+    try:
+        found = {as_changes(row or []) for row in told}
+    except ValueError as error:
+        raise SourceError(f"{place}: column {CHANGES} is none of `alpacache prepare`; expected {error}.") from error
+    if len(found) > 1:
+        raise SourceError(f"{place} holds pictures that were changed and others; keep them in datasets of their own.")
+    return found.pop() if found else ()
 
 
 def from_row(ref: SampleRef, row: dict[str, Any], cameras: Sequence[str], frames: int) -> Sample:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.sources.prepared_rows import NEEDED, POSES, ROUTE, check_columns, features
+from alpacache.sources.prepared_rows import CHANGES, NEEDED, POSES, ROUTE, changes_in, check_columns, features
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.table import check_groups
 
@@ -32,13 +32,15 @@ class StreamedRows:
 
         Only its parquet reader knows `columns`, so a repository in any other format is refused by the first line.
         """
-        ids = _files(place, ["sample_id"])
+        ids = _files(place, ["sample_id", CHANGES])
         self.place = place
         whole = _files(place, NEEDED)
         for file in whole:
             check_columns(file.column_names or (), place)
         poses = _files(place, ["sample_id", *POSES])
-        each = [[row["sample_id"] for row in file] for file in ids]
+        told: set[tuple[str, ...] | None] = set()
+        each = [[_noted(row, told) for row in file] for file in ids]
+        self.changes = changes_in([None if row is None else list(row) for row in told], place)
         self.ids: Sequence[str] = list(chain.from_iterable(each))
         self._lengths = list(map(len, each))
         self._whole, self._poses = (Cursor(files, lengths=self._lengths) for files in (whole, poses))
@@ -171,6 +173,14 @@ def undecoded(rows: Any, place: str) -> Any:
         if require_decoding(kind):
             raise SourceError(f"{place}: column {column} is of type {kind}; was it written by `alpacache prepare`?")
     return rows
+
+
+def _noted(row: dict[str, Any], told: set[tuple[str, ...] | None]) -> Any:
+    """A row's id; what it says of changes goes to `told`, a few values however many rows there are."""
+    if len(told) < 2:
+        changes = row.get(CHANGES)
+        told.add(tuple(map(str, changes)) if isinstance(changes, list) else None)
+    return row["sample_id"]
 
 
 def _files(place: str, columns: Sequence[str]) -> list[Any]:

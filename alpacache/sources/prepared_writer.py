@@ -24,7 +24,7 @@ from alpacache.sources.prepared_rows import PictureFit, features, to_row
 from alpacache.sources.registry import check_still_there
 from alpacache.sources.routes import Routes
 from alpacache.sources.selection import Rejected
-from alpacache.sources.source import Source
+from alpacache.sources.source import Source, picture_changes
 from cache_store.storage.local_files import flush, write_flushed
 
 SHARD_SAMPLES = 32
@@ -81,6 +81,8 @@ def prepare(
     asked = {**(settings or {}), "cameras": list(names), "frames": frames, "fit": None if fit is None else asdict(fit)}
     if routes is not None:
         asked["route"] = "source"
+    if changes := picture_changes(source):
+        asked["changes"] = list(changes)
     ids = hashlib.sha256("\n".join(ref.sample_id for ref in refs).encode()).hexdigest()
     plan = json.dumps({"source": source.name, "samples": ids, **asked})
     if (earlier := _earlier(final, plan, refs, unusable)) is not None:
@@ -101,7 +103,7 @@ def prepare(
         except BadClipError:
             _check_source(spec, partial)
             raise
-        return to_row(sample, source=source.name, fit=fit)
+        return to_row(sample, source=source.name, fit=fit, changes=changes)
 
     partial.mkdir(parents=True, exist_ok=True)
     with naming(final), _alone(partial):
@@ -109,7 +111,8 @@ def prepare(
         _settle_plan(partial, plan)
         rejected = [(name, error.kind, str(error)) for name, error in unusable]
         for base, part in zip(shards, parts, strict=True):
-            written = _write_shard(base, to_row_of, part, on_sample, routes=routes is not None)
+            columns = features(routes=routes is not None, changes=bool(changes))
+            written = _write_shard(base, to_row_of, part, on_sample, columns=columns)
             rejected += [(name, kind, text) for name, kind, text in written]
         if len(rejected) - len(unusable) == len(refs):
             reason = f" The first reason: {rejected[0][2]}" if rejected else ""
@@ -189,7 +192,7 @@ def _write_shard(
     refs: Sequence[SampleRef],
     on_sample: Callable[[SampleRef], None] | None,
     *,
-    routes: bool,
+    columns: Any,
 ) -> list[list[str]]:
     """Write `base.arrow`, then `base.json` with its count of rows and the rejected samples; returns the latter.
 
@@ -201,7 +204,7 @@ def _write_shard(
     if (done := _read_report(report, arrow, len(refs))) is not None:
         return done
     report.unlink(missing_ok=True)
-    schema, rejected = features(routes=routes).arrow_schema, []
+    schema, rejected = columns.arrow_schema, []
     with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for ref in refs:
             try:

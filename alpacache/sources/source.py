@@ -143,6 +143,33 @@ class GroupedSource(Protocol):
         """Name of the group."""
 
 
+@runtime_checkable
+class ChangedSource(Protocol):
+    """A source that knows whether its pictures were changed since a camera took them."""
+
+    @property
+    def changes(self) -> Sequence[str]:
+        """What was done to every picture, in this order, such as `crop`; empty if they are as they were recorded."""
+
+
+def picture_changes(source: Source) -> tuple[str, ...]:
+    """What was done to a source's pictures; nothing where it does not say."""
+    return tuple(source.changes) if isinstance(source, ChangedSource) else ()
+
+
+MOST_CHANGES, LONGEST_CHANGE = 8, 80
+
+
+def as_changes(value: Any) -> tuple[str, ...]:
+    """Changes as a stranger's record names them. Raises `ValueError` for what is no list of a few short texts."""
+    texts = tuple(value) if isinstance(value, list) else (None,)
+    if len(texts) > MOST_CHANGES or not all(
+        isinstance(text, str) and text.isprintable() and 0 < len(text) <= LONGEST_CHANGE for text in texts
+    ):
+        raise ValueError('a list of a few words, such as ["undistort", "crop"]')
+    return texts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceKind:
     """A kind of source, as `open_source` knows it. The module of each kind ends in one."""

@@ -107,6 +107,9 @@ class RunInputs:
             identity = self.data.locate(places.start)[0].identity if places else {}
             if world.is_first and identity and (doubt := prompt_doubt(self.checkpoint, identity, store=path)):
                 _log.warning("%s.", doubt)
+        if world.is_first and len(changes := self.data.changes) > 1:
+            shown = "; ".join(sorted(", ".join(each) or "nothing" for each in changes))
+            _log.warning("the stores show pictures that were changed since they were recorded by %s.", shown)
         if self.val is not None and world.is_first and (others := self.val.pictures - self.data.pictures):
             shown, learnt = "; ".join(sorted(others)), "; ".join(sorted(self.data.pictures))
             _log.warning("--val %s shows %s, and training sees %s.", masked(config.val or ""), shown, learnt)

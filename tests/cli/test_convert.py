@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.synthetic import SyntheticSource
@@ -116,6 +117,27 @@ def test_a_request_to_stop_with_the_last_clip_leaves_out_the_check(carla_run, tm
     assert "all clips are written; the same command checks them" in said.replace("\n", " ")
     monkeypatch.undo()
     assert json.loads(run_here("convert", "carla", carla_run, "--out", tmp_path / "out", "--json").stdout)["kept"] == 1
+
+
+def test_cropped_pictures_are_not_mixed_with_others(carla_run, tmp_path, run_here, caplog):
+    """What was done to the pictures is part of a store's identity, and of what commands say of a run's stores."""
+    tiny_checkpoint = make_tiny_checkpoint(tmp_path / "Tiny-R1")
+    for name, options in {"plain": (), "cropped": ("--crop",)}.items():
+        run_here("convert", "carla", carla_run, "--out", tmp_path / name, "--no-check", *options)
+    model = ("--model", tiny_checkpoint, "--device", "cpu", "--frames", 1, "--codec", "int8", "--hidden-states", "none")
+    for name in ("plain", "cropped"):
+        run_here("extract", f"folder:{tmp_path / name}", "--store", tmp_path / f"{name}-store", *model)
+    found = json.loads(run_here("info", tmp_path / "cropped-store", "--json").stdout)
+    assert found["identity"]["changes"] == ["crop"]
+    assert "changes" not in json.loads(run_here("info", tmp_path / "plain-store", "--json").stdout)["identity"]
+    assert "changed by crop" in run_here("info", tmp_path / "cropped-store").stdout
+    said = run_here(
+        "extract", f"folder:{tmp_path / 'plain'}", "--store", tmp_path / "cropped-store", *model, code=2
+    ).stderr
+    assert "pictures were changed since they were recorded by crop, this run's by nothing" in said
+    stores = ("--store", tmp_path / "plain-store", "--store", tmp_path / "cropped-store")
+    run_here("train", *stores, "--model", tiny_checkpoint, "--out", tmp_path / "run", "--steps", 1, "--device", "cpu")
+    assert "the stores show pictures that were changed since they were recorded by crop; nothing" in caplog.text
 
 
 def test_a_killed_command_goes_on_and_the_result_is_the_same(carla_run, tmp_path, run_here):

@@ -89,6 +89,63 @@ def test_times_that_step_back_are_left_out_and_said(tmp_path):
     assert fixes.times_us.tolist() == [0, 100_000, 200_000, 300_000, 400_000]
     (dropped,) = fixes.dropped
     assert (dropped.count, "row 4, -3122.2 s" in dropped.reason) == (2, True)
+    assert fixes.breaks_us == [300_000]  # what lies between 0.2 and 0.3 is not known to be 0.1 s
+
+
+def test_a_row_in_the_wrong_place_is_no_setting_of_the_clock(tmp_path):
+    rows = [f"{second},48.0,{11 + second / 1e4}" for second in (0.0, 0.2, 0.1, 0.3, 0.3, 0.4)]
+    fixes = read_fixes(written(tmp_path, "a.csv", "time_s,lat,lon\n" + "\n".join(rows)))
+    assert (len(fixes.times_us), fixes.breaks_us) == (4, [])
+
+
+def test_a_clock_that_is_set_back_does_not_mix_places_of_two_times(tmp_path):
+    """The same second comes twice, of other places."""
+    seconds = [*range(10, 40), *range(25, 60)]
+    lines = [
+        sentence(f"GPRMC,1000{second}.00,A,4807.{100 + place:04d},N,01131.0000,E,022.4,000.0,010526,,,A")
+        for place, second in enumerate(seconds)
+    ]
+    fixes = read_fixes(written(tmp_path, "a.nmea", "".join(lines)))
+    minutes = (fixes.values["latitude"] - 48) * 60
+    places = np.rint((minutes - 7) * 1e4).astype(int) - 100
+    assert fixes.times_us.tolist() == [1777629600_000_000 + second * 1_000_000 for second in range(10, 60)]
+    assert places.tolist() in ([*range(30), *range(45, 65)], [*range(15), *range(30, 65)])
+    (began,) = fixes.breaks_us
+    assert began == fixes.times_us[np.argmax(np.diff(places) > 1) + 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.nmea", sentence("GPRMC,235960.00,A,4807.0380,N,01131.0000,W,022.4,084.4,311216,,,A")),
+        ("a.csv", "time,lat,lon\n2016-12-31T23:59:59Z,1,2\n2016-12-31T23:59:60Z,1,2\n"),
+        ("a.gpx", '<gpx><trkpt lat="1" lon="2"><time>2016-12-31T23:59:60Z</time></trkpt></gpx>'),
+    ],
+)
+def test_a_leap_second_is_refused(tmp_path, name, text):
+    """What follows it would be a second too early."""
+    with pytest.raises(UnusableError, match="is a leap second"):
+        read_fixes(written(tmp_path, name, text))
+
+
+def test_a_receiver_without_a_date_is_of_1980(tmp_path):
+    lines = [
+        sentence(f"GPRMC,00000{second}.00,A,4807.0380,N,01131.0000,W,022.4,084.4,060180,,,A") for second in range(2)
+    ]
+    assert read_fixes(written(tmp_path, "a.nmea", "".join(lines))).times_us[0] == 315_964_800_000_000
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_decimal_commas_are_read_between_other_delimiters(tmp_path, delimiter):
+    rows = [("0,25", "48,1371", "-11,5", "12,5"), ("0,5", "48,1372", "-11,5", "13")]
+    text = "\n".join(delimiter.join(row) for row in (("time_s", "lat", "lon", "speed"), *rows))
+    fixes = read_fixes(written(tmp_path, "a.csv", text))
+    assert fixes.times_us.tolist() == [250_000, 500_000]
+    assert fixes.values["latitude"].tolist() == [48.1371, 48.1372]
+    assert fixes.values["longitude"].tolist() == [-11.5, -11.5]
+    assert fixes.values["speed"].tolist() == [12.5, 13]
+    with pytest.raises(UnusableError, match="more fields than columns; between commas, numbers need decimal points"):
+        read_fixes(written(tmp_path, "b.csv", text.replace(delimiter, ",")))
 
 
 @pytest.mark.parametrize(

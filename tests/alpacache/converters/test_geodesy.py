@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alpacache.converters.geodesy import ecef_of, enu_m, geodetic_of, level_axes
+from alpacache.converters.geodesy import convergence_rad, ecef_of, enu_m, geodetic_of, level_axes
 
 
 def test_ecef_is_that_of_published_examples():
@@ -36,3 +36,14 @@ def test_axes_are_right_handed_and_north_turns_on_the_way_east():
     np.testing.assert_allclose(np.linalg.det(axes), 1)
     north = axes[0] @ axes[1][1]  # north at 8.1 degrees, seen from 8.0
     assert np.rad2deg(np.arctan2(-north[0], north[1])) == pytest.approx(0.1 * np.sin(np.deg2rad(50)), abs=1e-4)
+
+
+def test_a_heading_against_north_of_its_place_is_further_left_to_the_east():
+    """A metre to the north of a place 10 km east, seen from the origin; to the south of the equator it leans right."""
+    for latitude, side in ((48.0, 1), (-48.0, -1)):
+        east_deg = 0.1342
+        ahead = enu_m([latitude, latitude + 1e-5], [11 + east_deg] * 2, [0, 0], (latitude, 11.0, 0.0))
+        assert 9_990 < ahead[0, 0] < 10_020
+        leans = np.arctan2(-(ahead[1, 0] - ahead[0, 0]), ahead[1, 1] - ahead[0, 1])
+        assert convergence_rad([latitude] * 2, [11, 11 + east_deg])[1] == pytest.approx(leans, rel=1e-5)
+        assert np.rad2deg(leans) == pytest.approx(side * east_deg * np.sin(np.deg2rad(48)), rel=1e-3)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alpacache.converters.drive import Dropped
+from alpacache.converters.drive import Dropped, LoggedDrive
 from alpacache.converters.lerobot import drives
 from alpacache.driving.sample import split_of
 from alpacache.errors import UsageError
@@ -246,3 +246,31 @@ def test_of_a_data_set_on_the_hub_only_what_is_needed_is_fetched(version_2, tmp_
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(UsageError, match=r"the hub does not give meta/info\.json of it \(gone\)"):
         list(drives(Path("yaak-ai/other")))
+
+
+@pytest.mark.parametrize("index_name", ["__index_level_0__", "task", None])
+def test_texts_of_tasks_become_routes(version_2, index_name):
+    """By `task_index`, of version 2.1's lines (None) or the table of version 3, whose index pandas may name."""
+    if index_name is None:
+        lines = [{"task_index": 0, "task": "Turn left"}, {"task_index": 1, "task": "Go straight"}]
+        (version_2 / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    else:
+        pq.write_table(
+            pa.table({"task_index": [1, 0], index_name: ["Go straight", "Turn left"]}), version_2 / "meta/tasks.parquet"
+        )
+    for index in range(7):
+        file = version_2 / f"data/chunk-000/episode_{index:06d}.parquet"
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("task_index", pa.array(np.arange(ROWS) // 200)), file)
+    found = [item for item in drives(version_2, map=["preset=l2d", "route=task"]) if isinstance(item, LoggedDrive)]
+    assert [text for _, text in found[0].routes] == ["Turn left", "Go straight"]
+    assert found[0].routes[1][0] == (BEGAN_NS + 200 * 100_000_123) // 1000
+
+
+def test_what_the_index_lacks_is_said_once(version_2):
+    with pytest.raises(UsageError, match=r"tasks\.jsonl cannot be read: it does not exist; texts of tasks are there"):
+        list(drives(version_2, map=["preset=l2d", "route=task"]))
+    (version_2 / "meta/info.json").unlink()
+    with pytest.raises(UsageError) as caught:
+        list(drives(version_2))
+    assert str(caught.value).count("cannot be read") == 1

@@ -202,6 +202,13 @@ def test_packets_become_a_film(curved, drive, tmp_path, codec, encoder, options)
     assert nearest(picture, curved.frames[330:337]) == 3
 
 
+def test_changes_of_pictures_are_named_in_the_index(drive, tmp_path):
+    convert([drive], tmp_path / "out", name="test", settings=SETTINGS, changes=["undistort", "crop"])
+    assert FolderSource(tmp_path / "out").changes == ("undistort", "crop")
+    convert([drive], tmp_path / "plain", name="test", settings=SETTINGS)
+    assert "changes" not in json.loads((tmp_path / "plain/dataset.json").read_text())
+
+
 def test_arrays_are_encoded(curved, drive, tmp_path):
     rgb = [np.ascontiguousarray(frame.transpose(1, 2, 0)) for frame in curved.frames]
     raw = Arrays(times_us=curved.track.timestamps_us, read=lambda begin, end: iter(rgb[begin:end]))

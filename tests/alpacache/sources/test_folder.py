@@ -17,7 +17,7 @@ from alpacache.sources import folder as folder_module
 from alpacache.sources.folder import FolderSource
 from alpacache.sources.recording import sample_of
 from alpacache.sources.selection import select
-from alpacache.sources.source import RecordedSource
+from alpacache.sources.source import RecordedSource, picture_changes
 
 FRONT, LEFT = "camera_front_wide_120fov", "camera_cross_left_120fov"
 T0 = 5_100_000
@@ -376,3 +376,14 @@ def test_whole_recordings_are_what_the_files_say(folder):
     assert "does not exist" in recording.missing["camera_rear_tele_30fov"]
     shown = source.film("a", FRONT, np.array([150_000, 2_000_000])).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(shown, [20 + 3 * 1, 20 + 3 * 20], atol=1.25)
+
+
+def test_changes_of_pictures_are_a_few_words_and_older_indices_have_none(folder):
+    assert FolderSource(folder).changes == ()
+    index = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(index | {"changes": ["undistort", "crop"]}))
+    assert picture_changes(FolderSource(folder)) == ("undistort", "crop")
+    for wrong in ("crop", ["crop"] * 9, ["a\nb"], [""], [1], {"crop": True}, ["x" * 81]):
+        (folder / "dataset.json").write_text(json.dumps(index | {"changes": wrong}))
+        with pytest.raises(SourceError, match=r"dataset\.json: changes is .*; expected a list of a few words"):
+            FolderSource(folder)

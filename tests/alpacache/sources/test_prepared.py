@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets, load_from_disk
 from PIL import Image as Picture
 
 from alpacache.driving.sample import SampleRef
@@ -17,6 +17,7 @@ from alpacache.sources.prepared_rows import PictureFit
 from alpacache.sources.prepared_writer import prepare
 from alpacache.sources.registry import open_source
 from alpacache.sources.selection import select
+from alpacache.sources.source import picture_changes
 from alpacache.sources.synthetic import SyntheticSource
 from cache_store.storage import local_files
 
@@ -403,6 +404,27 @@ def test_damaged_rows_are_bad_clips(prepared, tmp_path, change, kind):
     with pytest.raises(BadClipError) as error:
         source.load(source.sample_refs[0], cameras=[FRONT, LEFT], frames=2)
     assert error.value.kind == kind
+
+
+def test_changes_of_pictures_come_along(folder, tmp_path):
+    """From a folder to a prepared dataset, saved or as a hub has it; mixed ones are refused."""
+    refs = refs_of(FolderSource(folder))
+    prepare(FolderSource(folder), refs, tmp_path / "plain", cameras=[FRONT], frames=1)
+    index = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(index | {"changes": ["crop"]}))
+    report = prepare(FolderSource(folder), refs, tmp_path / "cropped", cameras=[FRONT], frames=1)
+    assert report.provenance["settings"]["changes"] == ["crop"]
+    plain, cropped = (load_from_disk(str(tmp_path / name)) for name in ("plain", "cropped"))
+    assert "changes" not in plain.column_names
+    (tmp_path / "hub").mkdir()
+    cropped.to_parquet(str(tmp_path / "hub/a.parquet"))
+    for place in ("cropped", "hub"):
+        assert picture_changes(open_source(f"hf:{tmp_path / place}")) == ("crop",)
+    assert picture_changes(open_source(f"hf:{tmp_path / 'plain'}")) == ()
+    other = cropped.map(lambda row: row | {"sample_id": f"x{row['sample_id']}", "changes": []})
+    concatenate_datasets([cropped, other]).to_parquet(str(tmp_path / "hub/a.parquet"))
+    with pytest.raises(SourceError, match="pictures that were changed and others"):
+        open_source(f"hf:{tmp_path / 'hub'}")
 
 
 @pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
