@@ -174,6 +174,7 @@ def _print(report: "ConvertReport", checked: "SourceReport | None") -> None:
     lines: dict[str, str | list[str] | None] = {
         "clips": f"{len(report.clips)} of {seconds:.1f} s together, {how}; {report.kept} of them from before",
         "mount": _mounts(report.clips),
+        "known": _told(report.clips),
         "check": None if checked is None else f"{_verdict(report, checked)}, {checked.samples} samples",
         "written": report.out,
         "next": f"alpacache check folder:{report.out} --out check",
@@ -194,6 +195,13 @@ def _mounts(clips: Sequence[dict[str, Any]]) -> list[str]:
         for drive, mount in found.items()
         if mount.get("given") == "estimate"
     ]
+    return said[: output.SHOWN] + output.more_lines(said)
+
+
+def _told(clips: Sequence[dict[str, Any]]) -> list[str]:
+    """What each drive's report tells, such as how well its poses are known."""
+    found = {clip["drive"]: clip.get("told", {}) for clip in clips}
+    said = [f"{drive}: {key} {text}" for drive, facts in found.items() for key, text in facts.items()]
     return said[: output.SHOWN] + output.more_lines(said)
 
 

@@ -99,6 +99,8 @@ class LoggedDrive:
     dropped: Sequence[Dropped] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the record says of where the values come from: topics or columns, frames, axes, units, clock, projection."""
+    told: Sequence[str] = ()
+    """Keys of the facts that the report tells too, such as how well the poses are known."""
 
 
 def increasing(times_us: NDArray[np.int64]) -> NDArray[np.int64]:

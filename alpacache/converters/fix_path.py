@@ -47,6 +47,8 @@ SPEED_RATIO = (0.85, 1.18)
 """Way by the log's speeds over that by its places, beyond which the speed is in another unit."""
 MAX_COURSE_GAP_DEG, MIN_COURSES = 25.0, 10
 MIN_TURNED_RAD, MIN_YAW_LIKENESS = 0.3, 0.5
+TOLD = ("uncertainty", "moved by smoothing")
+"""Facts of a smoothed path that a report tells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from alpacache.converters.clips import SHORTEST_US
 from alpacache.converters.dead_reckoning import yaw_quaternions
 from alpacache.converters.drive import Dropped, Film, LoggedDrive
 from alpacache.converters.film_clock import FilmStart, find_start, shown_us, turning_of
-from alpacache.converters.fix_path import SmoothPath, VehicleMotion, driven_path, path_of
+from alpacache.converters.fix_path import TOLD, SmoothPath, VehicleMotion, driven_path, path_of
 from alpacache.converters.fixes import Fixes, read_fixes
 from alpacache.converters.gopro import film_fixes
 from alpacache.converters.kind import Kind
@@ -38,6 +38,8 @@ READS = (
     "folder of such"
 )
 LOGS = (".gpx", ".nmea", ".csv", ".txt", ".log")
+CERTAIN = (".gpx", ".nmea", ".csv")
+"""Of these what no other text is called."""
 VEHICLE = ".vehicle.csv"
 MAX_GAP_S = 1.5
 """Time without a fix after which a new stretch begins; with a vehicle's speed and yaw rate `MAX_OUTAGE_S`."""
@@ -55,11 +57,18 @@ class _Parts(NamedTuple):
 
 def drives(place: Path, *, film_start: str | None = None) -> Iterator[LoggedDrive | Dropped]:
     """The films at `place` with their logs, by name."""
-    for film, log, vehicle in _pairs(place):
+    pairs = _pairs(place)
+    for film, log, vehicle in pairs:
         try:
             yield from film_drives(film, log, vehicle, film_start=film_start)
         except BadClipError as error:
             yield Dropped(what="drives", count=1, reason=f"{(film or log).name}: {error}")
+    if place.is_dir():
+        taken = {parts.log for parts in pairs}
+        logs = sorted(file for file in place.iterdir() if _ending(file) in CERTAIN and not file.name.endswith(VEHICLE))
+        if alone := [log.name for log in logs if log not in taken]:
+            reason = f"{alone[0]}: no film of that name is beside it; named by itself, it gives its poses alone"
+            yield Dropped(what="logs", count=len(alone), reason=reason)
 
 
 def film_drives(
@@ -123,6 +132,7 @@ def film_drives(
             point="antenna" if has_places else "rear axle",
             dropped=() if film is not None else (poses_alone(f"no film is beside {log.name}"),),
             facts={**fixes.facts, **path.facts, "film": clock},
+            told=TOLD if film is None else (*TOLD, "film"),
         )
     yield from dropped
 

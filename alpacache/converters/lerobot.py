@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from alpacache.converters.dead_reckoning import yaw_quaternions
 from alpacache.converters.drive import Camera, Dropped, Film, LoggedDrive, Pictures
-from alpacache.converters.fix_path import PLACE_M, path_of
+from alpacache.converters.fix_path import PLACE_M, TOLD, path_of
 from alpacache.converters.fixes import COLUMNS, Fixes
 from alpacache.converters.kind import Kind
 from alpacache.converters.lerobot_meta import READS, DataSet, Episode, frames_of, read_data_set, tasks_of
@@ -125,6 +125,7 @@ def _drive(data_set: DataSet, part: Rows, wanted: Mapping[str, str], cameras: Ma
         routes=routes,
         dropped=dropped,
         facts=facts,
+        told=TOLD if "latitude" in values else (),
     )
 
 

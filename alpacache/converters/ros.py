@@ -138,6 +138,10 @@ def list_topics(place: Path, *, kind: str) -> Listing:
     poses = _pose_topics(topics)
     if not pictures:
         notes.append("no topic with pictures; only poses would be written")
+    if len(alike := [name for name in poses if topics[name].type == topics[poses[0]].type]) > 1 and (
+        poses[0] not in _BEST_POSES
+    ):
+        notes.append(f"{len(alike)} topics have poses of the same kind: {', '.join(alike)}; name the one you mean.")
     if not poses:
         notes.append("no topic with poses; those with fixes or speeds can be named with --pose")
     pose = [f"--pose {poses[0]}"] if poses else []

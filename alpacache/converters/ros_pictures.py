@@ -56,7 +56,7 @@ class PictureReader:
     def camera(self, log: MessageLog) -> tuple[Camera, dict[str, Any], list[Dropped]]:
         """The camera, what is to be said of it, and what is dropped. Raises `UsageError` if there is none."""
         if self._bad and not self._forms:
-            raise UsageError(f"{self._topic}: none of {len(self._bad)} pictures can be read: {self._bad[0]}")
+            raise UsageError(f"none of {len(self._bad)} pictures can be read; the first: {self._bad[0]}")
         self._clock.check()
         dropped = self._clock.dropped("frames")
         if self._bad:

@@ -65,8 +65,8 @@ class ConvertReport:
 
     out: str
     clips: tuple[dict[str, Any], ...]
-    """Each clip's name, drive, seconds, poses, routes and cameras, with how pictures were written, and where the pose
-    stood: `pose` with the point, the offset and the mount. Clips of an earlier version lack that."""
+    """Each clip's name, drive, seconds, poses, routes and cameras, with how pictures were written; `pose`, where the
+    pose stood, with offset and mount; and facts that are `told`. Clips of an earlier version lack the last two."""
     kept: int
     """Clips of them that an earlier command had written."""
     dropped: tuple[Dropped, ...]
@@ -285,6 +285,7 @@ class _Writer:
             "routes": routes,
             "cameras": cameras,
             "pose": settled.record,
+            "told": {key: str(drive.facts[key]) for key in drive.told if key in drive.facts},
         }
 
     def _write_tables(self, draft: Path, drive: LoggedDrive, piece: Piece) -> None:

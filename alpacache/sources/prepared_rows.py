@@ -33,6 +33,7 @@ ROUTE = "route"
 """Column of navigation texts, read where it is there."""
 CHANGES = "changes"
 """Column of what was done to the pictures since they were recorded, the same in all rows; absent where nothing was."""
+MIXED = "it holds pictures that were changed and others; keep them in datasets of their own"
 T0 = "t0_us"
 """Column that says what the id says, read where it is there."""
 ORIGIN_SLACK_M = ROTATION_SLACK = 0.01
@@ -122,7 +123,7 @@ def changes_in(told: Iterable[Any], place: str) -> tuple[str, ...]:
     except ValueError as error:
         raise SourceError(f"{place}: column {CHANGES} is none of `alpacache prepare`; expected {error}.") from error
     if len(found) > 1:
-        raise SourceError(f"{place} holds pictures that were changed and others; keep them in datasets of their own.")
+        raise SourceError(f"{place}: {MIXED}.")
     return found.pop() if found else ()
 
 

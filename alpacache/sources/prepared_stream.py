@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from alpacache.errors import BadClipError, DataError, SourceError
-from alpacache.sources.prepared_rows import CHANGES, NEEDED, POSES, ROUTE, changes_in, check_columns, features
+from alpacache.sources.prepared_rows import (
+    CHANGES,
+    MIXED,
+    NEEDED,
+    POSES,
+    ROUTE,
+    changes_in,
+    check_columns,
+    features,
+)
 from alpacache.sources.retry import connection_errors, first_line
 from alpacache.sources.table import check_groups
 
@@ -33,6 +42,11 @@ class StreamedRows:
         Only its parquet reader knows `columns`, so a repository in any other format is refused by the first line.
         """
         ids = _files(place, ["sample_id", CHANGES])
+        there = [CHANGES in (file.column_names or ()) for file in ids]
+        if not any(there):
+            ids = _files(place, ["sample_id"])
+        elif not all(there):
+            raise SourceError(f"{place}: {MIXED}.")
         self.place = place
         whole = _files(place, NEEDED)
         for file in whole:

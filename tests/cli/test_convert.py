@@ -119,6 +119,7 @@ def test_a_request_to_stop_with_the_last_clip_leaves_out_the_check(carla_run, tm
     assert json.loads(run_here("convert", "carla", carla_run, "--out", tmp_path / "out", "--json").stdout)["kept"] == 1
 
 
+@pytest.mark.ci
 def test_cropped_pictures_are_not_mixed_with_others(carla_run, tmp_path, run_here, caplog):
     """What was done to the pictures is part of a store's identity, and of what commands say of a run's stores."""
     tiny_checkpoint = make_tiny_checkpoint(tmp_path / "Tiny-R1")
@@ -135,8 +136,9 @@ def test_cropped_pictures_are_not_mixed_with_others(carla_run, tmp_path, run_her
         "extract", f"folder:{tmp_path / 'plain'}", "--store", tmp_path / "cropped-store", *model, code=2
     ).stderr
     assert "pictures were changed since they were recorded by crop, this run's by nothing" in said
-    stores = ("--store", tmp_path / "plain-store", "--store", tmp_path / "cropped-store")
-    run_here("train", *stores, "--model", tiny_checkpoint, "--out", tmp_path / "run", "--steps", 1, "--device", "cpu")
+    stores = ("--store", tmp_path / "plain-store", "--store", tmp_path / "cropped-store", "--on-overlap", "allow")
+    more = ("--model", tiny_checkpoint, "--out", tmp_path / "run", "--steps", 1, "--device", "cpu")
+    assert "batch_size is 8" in run_here("train", *stores, *more, code=2).stderr  # said before anything is trained
     assert "the stores show pictures that were changed since they were recorded by crop; nothing" in caplog.text
 
 

@@ -198,7 +198,10 @@ def test_a_vehicles_speed_and_steering_carry_rare_fixes(folder):
 
 def test_a_film_without_its_log_is_named(folder):
     (folder / "drive.csv").rename(folder / "other.csv")
-    (dropped,) = drives(folder)
+    (folder / "notes.txt").write_text("a sunny day")
+    dropped, alone = drives(folder)
+    assert (alone.what, alone.count) == ("logs", 1)
+    assert "other.csv: no film of that name is beside it" in alone.reason
     assert "drive.mp4: no log is beside it (drive.gpx, .nmea or .csv), and it has no telemetry" in dropped.reason
     (alone,) = drives(folder / "other.csv")
     assert (alone.name, alone.cameras, len(alone.track.timestamps_us)) == ("other", {}, 600)

@@ -209,6 +209,15 @@ def test_changes_of_pictures_are_named_in_the_index(drive, tmp_path):
     assert "changes" not in json.loads((tmp_path / "plain/dataset.json").read_text())
 
 
+def test_the_report_tells_how_well_poses_are_known_and_where_they_stood(drive, tmp_path):
+    said = replace(drive, facts={"uncertainty": "0.2 m", "clock": "UTC"}, told=("uncertainty", "film"))
+    (clip,) = write([said], tmp_path / "out", offset_m=(-1.0, 0.0, 0.0)).clips
+    assert clip["told"] == {"uncertainty": "0.2 m"}
+    assert clip["pose"]["origin_offset_m"] == [-1.0, 0.0, 0.0]
+    (kept,) = write([said], tmp_path / "out", offset_m=(-1.0, 0.0, 0.0)).clips
+    assert kept == json.loads(json.dumps(clip))
+
+
 def test_arrays_are_encoded(curved, drive, tmp_path):
     rgb = [np.ascontiguousarray(frame.transpose(1, 2, 0)) for frame in curved.frames]
     raw = Arrays(times_us=curved.track.timestamps_us, read=lambda begin, end: iter(rgb[begin:end]))
