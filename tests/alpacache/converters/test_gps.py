@@ -203,6 +203,7 @@ def test_a_film_without_its_log_is_named(folder):
     assert (alone.what, alone.count) == ("logs", 1)
     assert "other.csv: no film of that name is beside it" in alone.reason
     assert "drive.mp4: no log is beside it (drive.gpx, .nmea or .csv), and it has no telemetry" in dropped.reason
+    (folder / "notes.txt").unlink()
     (alone,) = drives(folder / "other.csv")
     assert (alone.name, alone.cameras, len(alone.track.timestamps_us)) == ("other", {}, 600)
     assert "no film is beside other.csv: the clip holds poses alone" in alone.dropped[0].reason

@@ -73,7 +73,7 @@ def test_it_is_streamed(hub_layout, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: asked.append(k) or load(*a, **k))
     monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", refuse)
     source = open_source(f"hf:{hub_layout}")
-    assert [set(options) for options in asked] == 3 * [{"columns"}]
+    assert [set(options) for options in asked] == 4 * [{"columns"}]  # ids twice, since there is no column of changes
     assert {type(file) for file in source._rows._whole._files} == {datasets.IterableDataset}
 
 
