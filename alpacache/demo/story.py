@@ -1,8 +1,9 @@
 """The whole way on a CPU, offline, in minutes: a biased expert, cached features, retraining, and the bias gone.
 
 Every file format and every stage is the real one; only the model is tiny. Its VLM was trained on generated drives, its
-expert on straight drives alone, so that it drives straight on, as the released one does with one camera. The weights of
-both are shipped; `benchmarks/demo_weights/` in the repository makes them.
+expert on straight drives alone, with the pictures of others, so that it drives straight on and hardly looks, as the
+released one does with one camera. The weights of both are shipped; `benchmarks/demo_weights/` in the repository makes
+them.
 """
 
 import time
