@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from alpacache import strict_json
 from alpacache.converters.drive import Camera, Dropped, Film, LoggedDrive, Pictures, increasing
 from alpacache.converters.kind import Kind, check_installed
-from alpacache.converters.log_files import is_file
+from alpacache.converters.log_files import MOST_SECONDS, is_file
 from alpacache.converters.mcap_log import McapLog
 from alpacache.converters.messages import numbers, part
 from alpacache.converters.remux import film_frames
@@ -61,8 +61,6 @@ _FIELDS = (
     "front_rgb_path",
     "episode_id",
 )
-_MOST_SECONDS = 9e12
-"""Microseconds beyond it would leave 64 bits."""
 _MAX_JSON_BYTES, _MAX_LINE_BYTES, _MOST_LINES = 2**24, 2**20, 4_000_000
 
 
@@ -336,7 +334,7 @@ def _lines(manifest: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Dropp
                             value = json.loads(line)
                         except (ValueError, RecursionError):
                             value = None
-                    if isinstance(value, dict) and abs(numbers(value, "timestamp")[0]) < _MOST_SECONDS:
+                    if isinstance(value, dict) and abs(numbers(value, "timestamp")[0]) < MOST_SECONDS:
                         found.append((count, {key: value.get(key) for key in _FIELDS}))
                     else:
                         bad.append(count)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alpacache.converters.drive import Dropped
 from alpacache.converters.film_clock import first_shown_s
 from alpacache.converters.fixes import COLUMNS, MAX_ROWS, Fixes
-from alpacache.converters.log_files import UnusableError
+from alpacache.converters.log_files import MOST_SECONDS, UnusableError, as_microseconds
 from alpacache.converters.remux import opened
 from alpacache.driving.sample import Floats
 from alpacache.sources.film_index import FORMATS
@@ -125,9 +125,10 @@ def film_fixes(film: Path) -> Fixes | None:
         told_s = rows[:, 5] * 86_400 + rows[:, 6]
         times_s = told_s + float(np.median((times_s - told_s)[fixed]))
         clock = "the receiver's own from fix to fix, laid on the film's by the packets' times (median)"
+    fixed &= np.abs(times_s) < MOST_SECONDS
     if lost := int((~fixed).sum()):
         dropped.append(Dropped(what="rows", count=lost, reason=f"{film.name}: without a fix"))
-    times_us = np.rint(times_s * 1e6).astype(np.int64)
+    times_us = as_microseconds(np.where(fixed, times_s, 0.0), where=film.name)
     forth = np.flatnonzero(fixed)
     forth = forth[np.diff(times_us[forth], prepend=np.iinfo(np.int64).min // 2) > 0]
     if len(forth) < 2:
@@ -155,11 +156,15 @@ def _packets(film: Path) -> tuple[list[_Packet] | None, str, tuple[int, str]]:
                 if found is None and not data.startswith(b"DEVC"):
                     break  # another kind of stream, such as the time code
                 found = [] if found is None else found
+                if packet.pts is None:
+                    damaged += 1
+                    first_why = first_why or f"{film.name}: telemetry without a time"
+                    continue
                 rows, fixed = np.empty((0, 5)), False
                 try:
                     said = said or _name(data)
                     rows, fixed = _fixes_in(data)
-                except (ValueError, KeyError, TypeError, struct.error) as error:
+                except (ValueError, LookupError, TypeError, struct.error) as error:
                     damaged += 1
                     first_why = first_why or f"{film.name}: telemetry that cannot be read ({error})"
                 found.append(_Packet(float(packet.pts * stream.time_base) - begin_s, rows, fixed))

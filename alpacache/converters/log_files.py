@@ -20,7 +20,7 @@ MOST_CHUNK_BYTES = 2**30
 
 _LONGEST_NAME = 255
 """Bytes of a file's name that disks take."""
-_MOST_SECONDS = 9e12
+MOST_SECONDS = 9e12
 """Microseconds beyond it would leave 64 bits."""
 
 
@@ -55,7 +55,7 @@ def is_file(file: Path) -> bool:
 
 def as_microseconds(seconds: NDArray[np.float64], *, where: str) -> NDArray[np.int64]:
     """Times in seconds as whole microseconds. Raises `UnusableError` for one that is not finite, or leaves 64 bits."""
-    if not (sound := np.abs(seconds) < _MOST_SECONDS).all():
+    if not (sound := np.abs(seconds) < MOST_SECONDS).all():
         first = int(np.argmin(sound))
         raise UnusableError(f"{where}: time {first} is {seconds[first]:g}, which no clock says", kind="not_finite")
     return np.rint(seconds * 1e6).astype(np.int64)

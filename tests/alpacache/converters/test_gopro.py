@@ -65,7 +65,7 @@ def payload(first, count, *, nine, fix=3):
         rows = b"".join(struct.pack(">5l", *map(int, row)) for row in zip(*whole, strict=True))
         fixes = nested(
             "STRM",
-            record("GPSF", "L", 4, struct.pack(">L", fix)),
+            record("GPSF", "L", 4, fix if isinstance(fix, bytes) else struct.pack(">L", fix)),
             record("SCAL", "l", 4, struct.pack(">5l", 10**7, 10**7, 1000, 1000, 100)),
             record("GPS5", "l", 20, rows),
         )
@@ -135,6 +135,17 @@ def test_rows_without_a_fix_and_damaged_packets_are_counted(tmp_path):
         )
     with pytest.raises(BadClipError, match="without fixes"):
         film_fixes(write(tmp_path / "c.mp4", [nested("DEVC", record("DVNM", "c", 1, b"Hero12 Black"))] * 5))
+
+
+def test_records_without_rows_and_times_of_no_clock_are_counted(tmp_path):
+    payloads = [payload(18 * second, 18, nine=False, fix=b"" if second == 5 else 3) for second in range(SECONDS)]
+    fixes = film_fixes(write(tmp_path / "a.mp4", payloads))
+    assert [(drop.what, drop.count) for drop in fixes.dropped] == [("packets", 1)]
+    payloads = [payload(18 * second, 18, nine=True) for second in range(SECONDS)]
+    payloads[4] = payloads[4].replace(struct.pack(">l", 9_617), struct.pack(">l", 2**31 - 1))
+    fixes = film_fixes(write(tmp_path / "b.mp4", payloads))
+    assert [(drop.what, drop.count) for drop in fixes.dropped] == [("rows", 18)]
+    assert len(fixes.times_us) == 18 * (SECONDS - 1)
 
 
 def test_a_log_beside_the_film_is_taken_and_a_film_without_either_is_named(tmp_path):
