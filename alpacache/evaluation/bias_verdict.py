@@ -14,14 +14,18 @@ from alpacache.metrics.bias import Slope
 from alpacache.metrics.bootstrap import MIN_CLIPS, MIN_EFFECTIVE, Interval, range_text
 from alpacache.metrics.corridor import CorridorSummary
 
-Answer: TypeAlias = Literal["takes the turn", "biased", "uncertain", "bimodal", "overshoots", "cannot tell"]
+Answer: TypeAlias = Literal[
+    "takes the turn", "biased", "uncertain", "bimodal", "overshoots", "turns the other way", "cannot tell"
+]
 
 TAKEN, SURELY_TAKEN = 0.8, 0.7
 """A share of the first or more, surely above the second, is the turn."""
 MISSING = 0.9
 """A share below is less than the turn."""
 STRAIGHT = 0.1
-"""A share below is none of the turn."""
+"""A share below is none of the turn; below its negative, the turn is taken to the other side."""
+OFTEN = 0.5
+"""Paths that leave for each driven one that does: from this on they do not keep to the lane, wherever they go."""
 NEAR, FAR = 1.1, 1.4
 """A calibration beyond the first is not 1; one that may be within it, and is not beyond the second, is near 1."""
 CONTAINED = 0.5
@@ -71,6 +75,8 @@ def _answer(slope: Slope, calibration: Interval, corridor: CorridorSummary) -> t
     is_near = 0 < calibration.low <= NEAR and 1 / NEAR <= calibration.high < FAR
     is_above, is_missing = calibration.low > NEAR, slope.high < MISSING
     is_taken = slope.slope >= TAKEN and slope.low > SURELY_TAKEN
+    if slope.high < -STRAIGHT and calibration.high < 0:
+        return "turns the other way", ", so its left is the road's right"
     if calibration.high < 1 / NEAR:
         return "overshoots", ", more than it knows of"
     if is_taken and (is_near or (is_above and not is_missing)):
@@ -84,8 +90,10 @@ def _answer(slope: Slope, calibration: Interval, corridor: CorridorSummary) -> t
         return "cannot tell", ", and whether its paths fall into two bundles is open"
     if is_above:
         return "biased", " and knows more than it takes"
-    if slope.high < STRAIGHT and has_turn is False:
-        return "biased", ", none to speak of"
+    if slope.high < STRAIGHT and has_turn is False and corridor.departures is not None:
+        if corridor.departures < OFTEN:
+            return "biased", ", none to speak of"
+        return "uncertain", ", none to speak of: its paths leave the lane as often as the road does, but not where it does"
     if is_near:
         return "uncertain", ", as much as it knows"
     return "cannot tell", ", and the intervals do not decide whether it knows more"

@@ -64,6 +64,16 @@ class CorridorSummary:
     split: Interval | None = None
     """Mean over samples, which count by the variance of their lateral offsets. None with few paths, or all alike."""
 
+    @property
+    def departures(self) -> float | None:
+        """How many paths leave for each driven one that does: 0 always stays, about 1 leaves as often as the road.
+
+        Paths that leave to the other side than the road do not count. None where no driven path leaves.
+        """
+        if self.recall is None:
+            return None
+        return self.recall + (self.false_leaving or 0.0) * self.staying / self.leaving
+
 
 def leaving(pred_xyz: ArrayLike, truth_xyz: ArrayLike) -> Leaving:
     """Compare paths `[K, 64, 3]` with the driven one `[64, 3]`, metres, ego frame at t0, y left."""

@@ -101,6 +101,14 @@ def test_the_site_has_every_option_every_key_and_the_newest_results(site):
     assert 'href="../reference/benchmarks.html#' in (site / "explanation/store-rejected.html").read_text()
 
 
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_table_is_cut_in_two(page):
+    """A row behind an empty line begins a new table, and is plain text where no heads of one follow."""
+    lines = ["", *prose(page).splitlines(), ""]
+    begun = [place for place, line in enumerate(lines) if line[:1] == "|" and lines[place - 1][:1] != "|"]
+    assert [lines[place] for place in begun if not lines[place + 1].startswith("| ---")] == []
+
+
 @pytest.mark.ci
 def test_faults_end_the_build(tmp_path):
     docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")

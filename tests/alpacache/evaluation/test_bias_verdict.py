@@ -24,6 +24,12 @@ def planted(kind, *, clips=150, paths=6, seed=0):
         return truth, small
     if kind == "overshooting":
         return truth, 1.4 * truth[:, None] + small
+    if kind == "mirrored":
+        return truth, -0.8 * truth[:, None] + small
+    if kind in ("guessing", "straight where few bend"):  # draws from all roads, of which few bend, or from none
+        spread = SPREAD_RAD * (rng.random((clips, 1 + paths)) < 0.2) + 0.02
+        drawn = spread * rng.normal(size=spread.shape)
+        return drawn[:, 0], drawn[:, 1:] if kind == "guessing" else small
     if kind == "turns or drives on":
         return truth, (rng.random((clips, paths)) < 0.5) * truth[:, None] + small
     if kind == "left or right":
@@ -60,11 +66,14 @@ def verdict(truth, paths):
         ("turns or drives on", "bimodal", "its paths fall into two bundles"),
         ("left or right", "bimodal", "its paths fall into two bundles"),
         ("overshooting", "overshoots", "more than it knows of"),
+        ("mirrored", "turns the other way", "its left is the road's right"),
+        ("guessing", "uncertain", "as often as the road does, but not where it does"),
+        ("straight where few bend", "biased", "none to speak of"),
     ],
 )
 def test_the_right_word_for_each(kind, answer, words):
     for seed in range(3):
-        found = verdict(*planted(kind, seed=seed))
+        found = verdict(*planted(kind, clips=600 if kind == "guessing" else 150, seed=seed))
         assert found.answer == answer, found
         assert words in found.sentence
 
