@@ -113,10 +113,10 @@ def growing(rng: np.random.Generator, clips: int, t0s: int, *, share: float) -> 
     return Data(truth=truth, pred=SHARE * truth + error, clips=ids(clips, t0s))
 
 
-def bimodal(rng: np.random.Generator, clips: int, t0s: int, *, share: float) -> Data:
-    """Some clips bend, and of these the model takes 60 % in full and drives straight through the others."""
+def bimodal(rng: np.random.Generator, clips: int, t0s: int, *, share: float, often: float = SHARE) -> Data:
+    """Some clips bend; of these the model takes 60 %, or so many, in full and drives straight through the others."""
     truth = bends(rng, clips, t0s, share)
-    taken = np.repeat(rng.random(clips) < SHARE, t0s)
+    taken = np.repeat(rng.random(clips) < often, t0s)
     return Data(truth=truth, pred=taken * truth + 0.02 * mixed(rng, clips, t0s), clips=ids(clips, t0s))
 
 
@@ -164,6 +164,13 @@ def errors(rng: np.random.Generator, clips: int, t0s: int) -> Data:
     return Data(truth=np.ones_like(gain), pred=gain, clips=ids(clips, t0s))
 
 
+def few_gains(rng: np.random.Generator, clips: int, t0s: int) -> Data:
+    """Differences of an error that are 0 but for 15 % of the clips, as where only bends are learnt."""
+    gain = np.where(rng.random(clips) < 0.15, rng.exponential(SHARE / 0.15, clips), 0.0).repeat(t0s)
+    gain += 0.1 * rng.normal(size=clips * t0s)
+    return Data(truth=np.ones_like(gain), pred=gain, clips=ids(clips, t0s))
+
+
 def recalls(rng: np.random.Generator, clips: int, t0s: int, *, share: float) -> Data:
     """Whether the turn lies among the paths; the samples of a clip agree."""
     has = np.repeat(rng.random(clips) < share, t0s).astype(np.float64)
@@ -199,10 +206,10 @@ def mean_pairs(data: Data) -> tuple[Array, Array]:
 
 def worlds() -> list[World]:
     def of_share(name: str, draw: Callable[..., Data], **more: Any) -> World:
-        settings = {key: more.pop(key) for key in ("share",) if key in more}
+        settings = {key: more.pop(key) for key in ("share", "often") if key in more}
         return World(
             name=f"share taken: {name}",
-            true=SHARE,
+            true=settings.get("often", SHARE),
             draw=lambda rng, clips, t0s: draw(rng, clips, t0s, **settings),
             estimate=share_of,
             pairs=slope_pairs,
@@ -225,6 +232,8 @@ def worlds() -> list[World]:
         of_share("5 % bend, errors grow", growing, share=0.05),
         of_share("1 in 3 bends, taken or not", bimodal, share=1 / 3),
         of_share("15 % bend, taken or not", bimodal, share=0.15),
+        of_share("1 in 3 bends, 9 in 10 taken", bimodal, share=1 / 3, often=0.9),
+        of_share("all clips bend, 9 in 10 taken", bimodal, share=1.0, often=0.9),
         of_share("drives of 20 minutes", drives, clips=(2, 3, 6), t0s=(600,)),
         of_calibration("knows 0.6, all clips bend", 1.0, calibrated, known=0.6, share=1.0),
         of_calibration("knows 0.9, 1 in 3 bends", 1.0, calibrated, known=0.9, share=1 / 3),
@@ -238,6 +247,7 @@ def worlds() -> list[World]:
             pairs=slope_pairs,
         ),
         World(name="difference of errors, heavy tails", true=SHARE, draw=errors, estimate=mean_of, pairs=mean_pairs),
+        World(name="difference of errors, 15 % gain", true=SHARE, draw=few_gains, estimate=mean_of, pairs=mean_pairs),
         World(
             name="turn among the paths, 0.8",
             true=0.8,
@@ -305,9 +315,10 @@ def measure(world: World, clips: int, t0s: int, *, sets: int, seed: int = 0) -> 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sets", type=int, default=2000, help="data sets a row")
+    parser.add_argument("--world", default="", help="only worlds with this in their name")
     options = parser.parse_args()
     rows = []
-    for world in worlds():
+    for world in (each for each in worlds() if options.world in each.name):
         for clips in world.clips[:2] if options.quick else world.clips:
             for t0s in world.t0s[:1] if options.quick else world.t0s:
                 rows.append(measure(world, clips, t0s, sets=40 if options.quick else options.sets))

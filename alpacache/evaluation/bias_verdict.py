@@ -93,7 +93,7 @@ def _answer(slope: Slope, calibration: Interval, corridor: CorridorSummary) -> t
     if slope.high < STRAIGHT and has_turn is False and corridor.departures is not None:
         if corridor.departures < OFTEN:
             return "biased", ", none to speak of"
-        return "uncertain", ", none to speak of: its paths leave the lane as often as the road does, but not where it does"
+        return "uncertain", ", none to speak of: its paths leave the lane as often as the road does, but elsewhere"
     if is_near:
         return "uncertain", ", as much as it knows"
     return "cannot tell", ", and the intervals do not decide whether it knows more"

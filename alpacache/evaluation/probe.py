@@ -27,6 +27,7 @@ from alpacache.evaluation.probe_features import HEADING, TARGETS, ProbeData, cho
 from alpacache.evaluation.probe_models import (
     BEST_TOKENS,
     FOLDS,
+    PAIRED,
     PROBES,
     QUERIES,
     Predictions,
@@ -34,11 +35,14 @@ from alpacache.evaluation.probe_models import (
     attended,
     cross_validate,
     group_folds,
+    products,
     shuffled_within,
+    strongest,
 )
 from alpacache.evaluation.probe_verdict import (
     ADVICE,
     BENDING,
+    BENT_LOUDNESS,
     FITTING,
     LEAST_CLIPS,
     LEAST_SAMPLES,
@@ -195,7 +199,9 @@ def _predict(data: ProbeData, main: str, seed: int, on_progress: OnProgress) -> 
     folds = group_folds(data.clips, FOLDS, seed=seed)
     joined = np.concatenate(list(data.features.values()), axis=1)
     order = shuffled_within(folds, seed=seed)
-    tokens: _Tokens = {} if data.tokens is None else {"token": data.tokens, "attention": attended(data.tokens)}
+    tokens: dict[Probe, NDArray[np.float32]] = {"products": products(strongest(joined))}
+    if data.tokens is not None:
+        tokens |= {"token": data.tokens, "attention": attended(data.tokens)}
     other_tokens = {probe: each[order] for probe, each in tokens.items()}
     passes: list[tuple[str, Sequence[Probe], NDArray[np.float32], _Tokens, Floats | None]] = [
         (main, PROBES, joined, tokens, data.history),
@@ -224,23 +230,28 @@ def _planted(
     """Target -> probe -> gain by a signal of known strength that was added to these samples: the positive control.
 
     The signal explains `PLANTED` of what history leaves of the target. The ridge is to find it in the pooled vectors,
-    in a random direction, a tenth as loud as each channel; `token` in the token of one place, as loud as that is there;
-    `attention` in a token whose place changes from sample to sample, as loud as tokens are.
+    in a random direction, a tenth as loud as each channel; `products` there too, as the product of two parts, each
+    `BENT_LOUDNESS` as loud; `token` in the token of one place, as loud as that is there; `attention` in a token whose
+    place changes from sample to sample, as loud as tokens are.
     """
     rng = np.random.default_rng([seed, 1])
     joined, fixed, moving = np.concatenate(list(data.features.values()), axis=1), tokens.copy(), tokens.copy()
+    bent = joined.copy()
     spread, loud, every = joined.std(0), tokens.std(axis=(0, 1)), np.arange(len(tokens))
     for column, mask in enumerate(rows.values()):
         left = data.targets[:, column] - _rival(predictions, data.targets, np.ones_like(mask), column)
         left = (left - left[mask].mean()) / max(left[mask].std(), 1e-12)
         signal = PLANTED**0.5 * left + (1 - PLANTED) ** 0.5 * rng.normal(size=len(left))
         joined += LOUDNESS * np.outer(signal, rng.normal(size=joined.shape[1]) * spread).astype(np.float32)
+        sign = rng.choice([-1.0, 1.0], size=len(left))
+        for part in (sign, sign * signal):
+            bent += BENT_LOUDNESS * np.outer(part, rng.normal(size=bent.shape[1]) * spread).astype(np.float32)
         place = rng.integers(tokens.shape[1])
         direction = rng.normal(size=tokens.shape[2]) * tokens[:, place].std(0)
         fixed[:, place] += np.outer(signal, direction).astype(np.float32)
         places = rng.integers(tokens.shape[1], size=len(tokens))
         moving[every, places] += np.outer(signal, rng.normal(size=tokens.shape[2]) * loud).astype(np.float32)
-    single: _Tokens = {"token": fixed, "attention": attended(moving)}
+    single: _Tokens = {"products": products(strongest(bent)), "token": fixed, "attention": attended(moving)}
     folds = group_folds(data.clips, FOLDS, seed=seed)
     parts = cross_validate(PROBES[:1], joined, data.history, data.targets, data.clips, folds, tokens=single, seed=seed)
     found = list(parts)[-1]
@@ -266,7 +277,7 @@ def _looked_at(data: ProbeData, pool: Pool) -> str:
         "last": "the last token",
         "mean": "the mean over tokens",
     }
-    words = f"{pools[pool]} of {', '.join(data.features)}"
+    words = f"{pools[pool]} of {', '.join(data.features)}, products of their {PAIRED} strongest components"
     if data.tokens is not None:
         words += f", the {BEST_TOKENS} most telling of {data.tokens.shape[1]} single tokens and what "
         words += f"{QUERIES} queries find among these"

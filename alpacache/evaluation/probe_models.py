@@ -21,10 +21,10 @@ from alpacache import randomness
 from alpacache.driving.sample import Floats
 
 Rows: TypeAlias = NDArray[np.intp]
-Probe: TypeAlias = Literal["ridge", "mlp", "token", "attention"]
+Probe: TypeAlias = Literal["ridge", "mlp", "products", "token", "attention"]
 PROBES: tuple[Probe, ...] = ("ridge", "mlp")
-"""Those of pooled vectors. Of single tokens `token` reads those in the places that tell most, and `attention` what
-queries find wherever it stands."""
+"""Those of pooled vectors as they are; `products` reads products of two of their components. Of single tokens `token`
+reads those in the places that tell most, and `attention` what queries find wherever it stands."""
 FOLDS, INNER_FOLDS = 5, 4
 PENALTIES = np.logspace(-4, 4, 13)
 """Penalties that the ridge chooses from, as multiples of the mean eigenvalue."""
@@ -39,8 +39,11 @@ BENT_COLUMNS, BEST_TOKENS = 4, 2
 """Columns of the history whose bends a probe takes, and places whose tokens it reads, for each target."""
 QUERIES = 128
 """Tokens that `attention` compares all tokens with."""
+PAIRED, TELLING_PAIRS = 24, 4
+"""Strongest components of the pooled vectors whose products are read, and, for each target, products of two columns of
+the history that a probe takes."""
 BEND_SHARE = 0.05
-"""Weight of the bends beside the history's own columns."""
+"""Weight of the bends, and of the products, beside the history's own columns."""
 _CHUNK = 128
 """Positions that are looked at together."""
 LR, WEIGHT_DECAY, BATCH = 3e-3, 1e-2, 64
@@ -104,7 +107,7 @@ def cross_validate(
         targets: `[N, targets]`.
         clips: N clip ids.
         folds: rows of each outer fold.
-        tokens: for each probe of single tokens that is fitted too, what it chooses from: `[N, choices, K]`.
+        tokens: for each probe of chosen vectors that is fitted too, what it chooses from: `[N, choices, K]`.
         seed: seed of the inner folds and of the MLP's start.
     """
     names = ("mean", "features") if history is None else ("mean", "features", "history", "both")
@@ -112,6 +115,7 @@ def cross_validate(
     kinds = [*probes, *single]
     result = {probe: Predictions(**{name: np.full(targets.shape, np.nan) for name in names}) for probe in kinds}
     bumps = None if history is None else _bumps(history)
+    pairs = None if history is None else products(history)[:, 0, :, None]
     for number, test in enumerate(folds):
         train = np.setdiff1d(np.arange(len(targets)), test)
         centre, scale = _moments(targets[train])
@@ -119,8 +123,11 @@ def cross_validate(
         fold_seed = 1000 * seed + number
         inner = group_folds([clips[row] for row in train], INNER_FOLDS, seed=fold_seed)
         past: list[NDArray[np.floating]] = []
-        if history is not None and bumps is not None:
-            past = [history, _telling(bumps, y, train, count=BENT_COLUMNS)]
+        if history is not None and bumps is not None and pairs is not None:
+            past = [
+                history,
+                *(_telling(bumps, y, train, count=BENT_COLUMNS), _telling(pairs, y, train, count=TELLING_PAIRS)),
+            ]
         fits = _ridge(features, past, y, train, test, inner)
         predicted: dict[Probe, list[Floats]] = {"ridge": [new for new, _ in fits]}
         if "mlp" in probes:
@@ -135,6 +142,27 @@ def cross_validate(
             for name, values in zip(names[1:], predicted[probe], strict=True):
                 getattr(into, name)[test] = centre + scale * values
         yield result
+
+
+def products(columns: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Squares of columns `[N, C]` and products of two, of standardised columns: `[N, 1, C * (C + 1) / 2]`.
+
+    What two things tell together, and neither alone, no line through either finds.
+    """
+    centre, scale = _moments(columns)
+    z = ((columns - centre) / scale).astype(np.float32)
+    first, second = np.triu_indices(z.shape[1])
+    paired: NDArray[np.float32] = (z[:, first] * z[:, second])[:, None]
+    return paired
+
+
+def strongest(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The strongest principal components of vectors `[N, D]`, `[N, PAIRED]` or fewer; no target is looked at."""
+    every = np.arange(len(vectors))
+    values, axes = np.linalg.eigh(_gram(vectors, every, every[:0]))
+    strong = [place for place in range(len(values) - 1, -1, -1) if values[place] > 1e-6 * values[-1]][:PAIRED]
+    components: NDArray[np.float32] = (axes[:, strong] * values[strong] ** 0.5).astype(np.float32)
+    return components
 
 
 def attended(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -205,12 +233,12 @@ def _ridge_paths(
 ) -> Floats:
     """Predictions `[shares, penalties, test, targets]` of ridges on the training rows, y `[train, targets]`.
 
-    The past is the history and its bends, or the history alone.
+    The past is the history, its bends and its products, or the history alone.
     """
     seen = _gram(features, train, test)
     if not past:
         return _ridge_path(seen, y)[None]
-    weights = (1 - BEND_SHARE, BEND_SHARE) if len(past) > 1 else (1.0,)
+    weights = (1 - BEND_SHARE * (len(past) - 1), *[BEND_SHARE] * (len(past) - 1))
     before = sum(weight * _gram(part, train, test) for weight, part in zip(weights, past, strict=True))
     return np.stack([_ridge_path((1 - share) * before + share * seen, y) for share in SHARES])
 

@@ -24,6 +24,8 @@ PLANTED = 0.3
 """Share of what history leaves that the planted signal of the positive control explains."""
 LOUDNESS = 0.1
 """Loudness of that signal in pooled vectors, against each channel's spread; in a single token it is as loud as that."""
+BENT_LOUDNESS = 0.3
+"""Loudness of each of the two parts whose product is that signal."""
 BENDING = ("heading change", "curvature")
 """Targets that a history which turns gives away, in whatever way."""
 FITTING = 1.5
@@ -135,6 +137,6 @@ def _told(found: Mapping[str, Interval | None]) -> str:
     )
     how = "was found" if all(map(_is_found, found.values())) else "was not found by all, so nothing can be denied"
     return (
-        f"A planted signal that explains {PLANTED:g} of what history leaves, {LOUDNESS:g} as loud as the vectors and "
-        f"as loud as one token, {how}: a gain of {gains}"
+        f"A planted signal that explains {PLANTED:g} of what history leaves, {LOUDNESS:g} as loud as the vectors, the "
+        f"product of two parts {BENT_LOUDNESS:g} as loud, and as loud as one token, {how}: a gain of {gains}"
     )

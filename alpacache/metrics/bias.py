@@ -12,7 +12,7 @@ product of the two is R^2, what is known.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -146,6 +146,8 @@ def fit_slope(
     if share is None:
         return None
     calibration = None if noise is None else calibration_interval(x, y, noise, units, weights=weights, seed=seed)
+    if calibration is not None and math.isfinite(share.low) and not calibration.is_bounded:
+        calibration = replace(calibration, estimate=math.nan)  # pred may be its own noise: any slope would be chance
     known = 0.0 if calibration is None else share.estimate * calibration.estimate
     return Slope(
         slope=share.estimate,

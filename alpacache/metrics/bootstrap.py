@@ -58,6 +58,11 @@ class Interval:
     effective_clips: float | None = None
     """Number of clips of equal weight that would be worth as much: one sharp bend outweighs many straight clips."""
 
+    @property
+    def is_bounded(self) -> bool:
+        """True if there is an end that the data give."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
+
 
 def range_text(low: float, high: float, form: str = "z.2f") -> str:
     """Write a range as `[0.85, 0.96]`, with `..` for one bound that is infinite; empty where both are."""

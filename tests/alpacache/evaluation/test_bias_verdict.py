@@ -67,7 +67,7 @@ def verdict(truth, paths):
         ("left or right", "bimodal", "its paths fall into two bundles"),
         ("overshooting", "overshoots", "more than it knows of"),
         ("mirrored", "turns the other way", "its left is the road's right"),
-        ("guessing", "uncertain", "as often as the road does, but not where it does"),
+        ("guessing", "uncertain", "as often as the road does, but elsewhere"),
         ("straight where few bend", "biased", "none to speak of"),
     ],
 )

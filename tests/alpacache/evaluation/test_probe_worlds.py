@@ -46,6 +46,9 @@ def world(
         history[:, 30] = angle
         target = 0.5 * np.sin(2 * angle) + rng.normal(0, 0.03, n)
         features += np.outer(np.sin(2 * angle), rng.normal(0, 0.5, width))
+    elif in_history == "product":  # of two columns, neither of which tells anything alone
+        target = np.where(curves, 0.4 * history[:, 5] * history[:, 20], 0.0) + rng.normal(0, 0.03, n)
+        features += np.outer(history[:, 5] * history[:, 20], rng.normal(0, 0.5, width))
     elif in_history:
         history[:, 30] = target + rng.normal(0, 0.05, n)
         features += np.outer(history[:, 30], rng.normal(0, in_history, width))
@@ -77,10 +80,11 @@ def answers(data, seed=0):
     [
         {"in_features": 0.5},
         {"bent": 0.7},
+        {"bent": 0.4, "width": 256},
         {"in_token": 3.0, "positions": 3000},
         {"in_token": 2.0, "positions": 3000, "moves": True},
     ],
-    ids=["linear", "bent", "one token of 3,000", "one token of 3,000, now here, now there"],
+    ids=["linear", "bent", "bent and faint", "one token of 3,000", "one token of 3,000, now here, now there"],
 )
 def test_what_is_planted_is_there(planted):
     found = answers(world(**planted))
@@ -129,9 +133,10 @@ def test_what_only_history_knows_is_not_sight():
     assert answers(world(in_history=0.5))[HEADING].answer != "there"
 
 
+@pytest.mark.parametrize("kind", ["bent", "product"])
 @pytest.mark.parametrize("late", [0, pytest.param(210, marks=pytest.mark.slow)])
-def test_a_bend_of_the_history_is_not_sight(late):
-    found = answers(world(late=late, in_history="bent"))
+def test_a_bend_of_the_history_is_not_sight(late, kind):
+    found = answers(world(late=late, in_history=kind))
     assert found[HEADING].answer != "there"
     assert found[CURVATURE].answer != "there"
     if not late:

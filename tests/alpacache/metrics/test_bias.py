@@ -115,6 +115,10 @@ def test_calibration_is_unknown_where_predictions_are_noise() -> None:
     assert result is not None
     assert result.calibration is not None
     assert not result.calibration.low > 1.1
+    # A slope of such predictions, and the R² that would follow from it, are chance.
+    assert not result.calibration.is_bounded
+    assert np.isnan(result.calibration.estimate)
+    assert result.r2 is None
     assert result.calibration.high == np.inf
     assert fit_slope(truth, paths.mean(axis=1)).calibration is None  # type: ignore[union-attr]
 
