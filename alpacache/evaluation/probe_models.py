@@ -39,10 +39,10 @@ BENT_COLUMNS, BEST_TOKENS = 4, 2
 """Columns of the history whose bends a probe takes, and places whose tokens it reads, for each target."""
 QUERIES = 128
 """Tokens that `attention` compares all tokens with."""
-PAIRED, TELLING_PAIRS = 24, 4
+PAIRED, TELLING_PAIRS = 24, 1
 """Strongest components of the pooled vectors whose products are read, and, for each target, products of two columns of
 the history that a probe takes."""
-BEND_SHARE = 0.05
+BEND_SHARE = 0.1
 """Weight of the bends, and of the products, beside the history's own columns."""
 _CHUNK = 128
 """Positions that are looked at together."""

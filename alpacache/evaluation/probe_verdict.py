@@ -24,7 +24,7 @@ PLANTED = 0.3
 """Share of what history leaves that the planted signal of the positive control explains."""
 LOUDNESS = 0.1
 """Loudness of that signal in pooled vectors, against each channel's spread; in a single token it is as loud as that."""
-BENT_LOUDNESS = 0.3
+BENT_LOUDNESS = 0.5
 """Loudness of each of the two parts whose product is that signal."""
 BENDING = ("heading change", "curvature")
 """Targets that a history which turns gives away, in whatever way."""

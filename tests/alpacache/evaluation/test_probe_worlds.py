@@ -98,7 +98,7 @@ def test_nothing_is_not_there_and_the_sentence_says_what_was_looked_at():
     assert (
         "Looked at: the last token and the mean over tokens of hidden, products of their 24 strongest components, the "
         "2 most telling of 60 single tokens and what 128 queries find among these. A planted signal that explains 0.3 "
-        "of what history leaves, 0.1 as loud as the vectors, the product of two parts 0.3 as loud, and as loud as one "
+        "of what history leaves, 0.1 as loud as the vectors, the product of two parts 0.5 as loud, and as loud as one "
         "token, was found: a gain of ridge 0."
     ) in verdict.sentence
 
