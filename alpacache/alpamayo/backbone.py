@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import torch
@@ -135,11 +135,14 @@ _KEYS = ("model_type", "image_token_id", "video_token_id", "vision_start_token_i
 def companion_file(checkpoint: Checkpoint, name: str) -> Path:
     """A file of the VLM the checkpoint was built on (`vlm_name_or_path`: a path beside it, a path, or a hub id).
 
-    A checkpoint that names none has these files itself.
+    A checkpoint that names none has these files itself. Beside one on the hub is within its repository.
     """
     where = checkpoint.config.vlm_name_or_path
     if where is None:
         return checkpoint.file(name)
+    parts = PurePosixPath(where).parts
+    if checkpoint.directory is None and len(parts) == 1 and parts[0] not in ("..", "/"):
+        return checkpoint.file(f"{parts[0]}/{name}")
     for directory in ((checkpoint.directory or Path()) / where, Path(where)):
         if os.path.isdir(directory):  # noqa: PTH112  # `Path.is_dir` raises for too long a name
             if not (directory / name).is_file():
