@@ -1,10 +1,13 @@
 """A film shows what was predicted, goes on where it was stopped, and refuses what it cannot play in words."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import alpacache
 from alpacache.directory_lock import DirectoryLock
+from alpacache.driver import driver as driver_module
 from alpacache.driver import film
 from alpacache.driver.config import DriveConfig
 from alpacache.driver.driver import Driver
@@ -215,3 +218,23 @@ def test_paths_are_drawn_where_they_lead():
     assert places[rows == rows.max()].mean() == pytest.approx(216, abs=4)
     plain = drive_frame(Shown(**{**{name: getattr(shown, name) for name in Shown.__slots__}, "lens": None}))
     assert (plain[:440, :848] == 128).all()
+
+
+@pytest.mark.parametrize(("trained", "said"), [(("crop",), True), ((), False), (None, False)])
+def test_pictures_unlike_those_trained_on_are_told(tmp_path, monkeypatch, caplog, trained, said):
+    def stop(*_, **__):
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(film, "_drivers", lambda config: (SimpleNamespace(changes=trained, frames=1), {}))
+    monkeypatch.setattr(film, "_moments", stop)
+    with pytest.raises(UsageError, match="far enough"):
+        drive(config("none", tmp_path / "a.mp4"))
+    warned = "trained on pictures changed by crop, and those of synthetic:" in caplog.text
+    assert (warned, bool(caplog.text)) == (said, said)
+
+
+def test_what_a_run_was_trained_on_is_known_by_its_stores():
+    def of(identity):
+        return driver_module._recorded({"settings": {"stores": [{"identity": identity}]}}).changes
+
+    assert (of({"changes": ["crop"]}), of({"frames": 4}), of({})) == (("crop",), (), None)

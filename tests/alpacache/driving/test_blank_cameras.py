@@ -49,3 +49,7 @@ def test_words_of_a_store():
     assert camera_words({"cameras": [FRONT]}) == FRONT
     assert camera_words({"cameras": [LEFT, FRONT], "blank": [LEFT]}) == f"{FRONT}, black pictures for {LEFT}"
     assert camera_words({}) == ""
+    assert (
+        camera_words({"cameras": [FRONT], "changes": ["undistort", "crop"]}) == f"{FRONT}, changed by undistort, crop"
+    )
+    assert camera_words({"cameras": [FRONT], "changes": "crop"}) == FRONT  # not as `extract` writes it
