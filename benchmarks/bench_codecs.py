@@ -20,7 +20,6 @@ nothing.
 
 import importlib.metadata
 import importlib.util
-import math
 import os
 import statistics
 import sysconfig
@@ -150,20 +149,25 @@ def transform_rows(
             yield {**judged, "tables": tables, **speeds}
 
 
-def transform_velocity(model: Path, folder: Path, rate: float, reference: Tensor) -> dict[str, Any]:
-    """Error of the velocity of drives that the codec was not learnt from, and the bits that these take."""
+def transform_velocities(
+    model: Path, store: Path, folder: Path, rates: Sequence[float], reference: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Errors of the velocity of drives that the codec was not learnt from, by rate, and the bits that these take."""
+    from alpacache.alpamayo import Checkpoint
+    from alpacache.extraction.codec_learning import learn_from, read_store
     from alpacache.extraction.config import ExtractConfig
     from alpacache.extraction.extract import extract
     from cache_store import CacheReader
 
-    common: dict[str, Any] = {"model": str(model), "codec": f"transform:{rate:g}", "frames": 1, "hidden_states": "none"}
-    learnt, judged = folder / f"learnt-{rate:g}", folder / f"judged-{rate:g}"
-    extract(ExtractConfig(source="synthetic:40", t0="4.7", store=str(learnt), **common))
-    extract(ExtractConfig(source="synthetic:8", store=str(judged), codec_from=str(learnt), **common))
-    reader = CacheReader(judged)
-    arrays = [reader.read(name, ["kv", "kv_shape"]) for name in reader.sample_ids]
-    bits = sum(a["kv"].nbytes for a in arrays) * 8 / sum(math.prod(a["kv_shape"].tolist()) for a in arrays)
-    return {"rel_velocity": relative(velocities(model, judged, None), reference), "demo_bits": bits}
+    learnt = folder / "learnt"
+    extract(ExtractConfig(source="synthetic:40", t0="4.7", store=str(learnt), model=str(model), frames=1))
+    reader = CacheReader(learnt)
+    samples = list(read_store(reader, reader.sample_ids[:32]))
+    bases = learn_from(samples, Checkpoint(str(model)), None, torch.device("cpu"))
+    for rate in rates:
+        bits: list[float] = []
+        found = velocities(model, store, bases.codec(rate), bits)
+        yield {"rel_velocity": relative(found, reference), "demo_bits": statistics.mean(bits)}
 
 
 def attention(kv: Tensor, queries: Tensor, last: int = 192) -> Tensor:
@@ -208,27 +212,27 @@ def demo_model_and_store(folder: Path) -> tuple[Path, Path]:
     return model, store
 
 
-def velocities(model: Path, store: Path, codec: KVCodec | None) -> Tensor:
-    """The expert's velocities over the samples of a store, its prefixes passed through a codec."""
-    from dataclasses import replace
-
+def velocities(model: Path, store: Path, codec: KVCodec | None, bits: list[float] | None = None) -> Tensor:
+    """The expert's velocities over the samples of a bf16 store, passed through a codec; `bits` gets bits a value."""
     from alpacache.alpamayo import load_expert
-    from alpacache.cached_samples.features import PREFIX_FIELDS, from_arrays
-    from alpacache.cached_samples.identity import store_codec
+    from alpacache.extraction.codec_learning import read_store
     from alpacache.prefix.prefix import PrefixFeatures
     from cache_store import CacheReader
 
     expert, reader = load_expert(str(model), dtype=torch.float32), CacheReader(store)
     generator, found = torch.Generator().manual_seed(0), []
-    for sample_id in reader.sample_ids[:8]:
-        stored = store_codec(reader.identity, store=str(store))
-        fields = PREFIX_FIELDS if stored is None else (*PREFIX_FIELDS, "kv_shape")
-        prefix = from_arrays(sample_id, reader.read(sample_id, fields), codec=stored).prefix
-        prefix = prefix if isinstance(prefix, PrefixFeatures) else prefix.decode()
-        kv = torch.stack([prefix.keys, prefix.values], 1)
+    for sample in read_store(reader, reader.sample_ids[:8]):
+        kv = sample.kv
         if codec is not None:
-            kv = tensor_codec(codec).decode(tensor_codec(codec).encode(kv), tuple(kv.shape))
-        prefix = replace(prefix, keys=kv[:, 0].float(), values=kv[:, 1].float())
+            data, size = tensor_codec(codec).encode_at(kv, sample.positions)
+            data = data if codec.fixed_size else data[: int(size)]
+            if bits is not None:
+                bits.append(len(data) * 8 / kv.numel())
+            kv = tensor_codec(codec).decode(data, tuple(kv.shape))
+        counters: dict[str, Any] = {"rope_delta": sample.rope_delta, "start_position": sample.start_position}
+        prefix = PrefixFeatures(
+            keys=kv[:, 0].float(), values=kv[:, 1].float(), hidden=None, prefix_len=kv.shape[3], **counters
+        )
         noise = torch.randn(1, 4, 64, 2, generator=generator)
         with torch.no_grad():
             found.append(expert.velocity(noise, torch.tensor([[0.1, 0.4, 0.7, 0.95]]), [prefix]))
@@ -341,10 +345,9 @@ def main() -> None:
             if not isinstance(codec, AffineCodec) or len(codec.key_bits) == 1:
                 item["rel_velocity"] = relative(velocities(model, store, codec), reference)
         if options.model is None:
-            for item in learnt[: len(options.transform)]:
-                item |= transform_velocity(
-                    model, Path(folder), float(item["codec"].split(":")[1].split(",")[0]), reference
-                )
+            errors_of = transform_velocities(model, store, Path(folder), options.transform, reference)
+            for item, found in zip(learnt, errors_of, strict=False):
+                item |= found
         rows += learnt
     finish("codecs", rows, options)
 

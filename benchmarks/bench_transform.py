@@ -7,6 +7,10 @@ decodes of the reference's bytes is within a bfloat16 step of the largest number
 reference decodes with the same error and size; a captured graph decodes the same bits; damaged bytes are no fault. Then
 the speed: GB are those of bfloat16 keys and values.
 
+`--by-component` lays bases out `[K, N]` on the device rather than `[N, K]`: K, the number of stored components, is any
+number, so that rows of `[N, K]` begin off the 16 bytes that matrix units load at a time, and rows of `[K, N]` do not.
+The numbers are the same; checks and speeds are then of that layout.
+
 With `--quick` and TRITON_INTERPRET=1 a CPU interprets the kernels at a tiny size; those times mean nothing.
 """
 
@@ -15,6 +19,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -70,6 +76,19 @@ class RandomModel:
                 x = (laplace @ mix).view(tokens, self.heads, -1).transpose(0, 1)
                 made[layer, kind] = turned(x, angle.cos(), angle.sin()) if kind == 0 else x
         return made.to(torch.bfloat16), positions
+
+
+def lay_out_by_component() -> None:
+    """Have the kernels' module keep bases as `[K, N]`, seen as `[N, K]`."""
+    tables_on = transform_kernels._tables_on
+
+    @cache
+    def laid_out(codec: TransformCodec, device: torch.device) -> transform_kernels._TablesOnDevice:
+        found = tables_on(codec, device)
+        groups = tuple(replace(group, basis=group.basis.T.contiguous().T) for group in found.groups)
+        return replace(found, groups=groups)
+
+    transform_kernels._tables_on = laid_out
 
 
 def check(codec: TransformCodec, model: RandomModel, lengths: list[int]) -> Iterator[dict[str, Any]]:
@@ -195,7 +214,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rate", type=float, nargs="+", default=[2.2, 3.2, 6.7])
     parser.add_argument("--checks", action="store_true", help="no speed")
+    parser.add_argument("--by-component", action="store_true", help="bases laid out [K, N] on the device")
     options = parser.parse_args()
+    if options.by_component:
+        lay_out_by_component()
     cuda = torch.cuda.is_available()
     if not cuda and not (options.quick and os.environ.get("TRITON_INTERPRET")):
         raise SystemExit("this needs a CUDA device; with TRITON_INTERPRET=1 and --quick a CPU interprets the kernels.")
@@ -216,7 +238,8 @@ def main() -> None:
         sizes = ((809, 8), (3000, 8), (3000, 1)) if full else ((20, 2),)
         for tokens, samples in () if options.checks else sizes:
             found += speed(codec, model, tokens, samples, 7 if full else 1)
-        rows += [{"rate": rate, **row} for row in found]
+        layout = {"basis": "[K, N]"} if options.by_component else {}
+        rows += [{"rate": rate, **layout, **row} for row in found]
         print(rows, flush=True)
     finish("transform", rows, options, hardware=torch.cuda.get_device_name() if cuda else hardware_name())
 

@@ -30,7 +30,7 @@ from alpacache.finite import is_finite
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures, Tail
 from alpacache.strict_json import plain
-from cache_store import Field, KVCodec
+from cache_store import Field, FormatError, KVCodec
 from cache_store.kv.layered import NOT_FINITE
 
 KV_AXES = ("layer", "key_value", "kv_head", "token", "channel")
@@ -78,7 +78,12 @@ class CachedSample:
         Layers are those that were asked for of the data set, else those of the store: `PrefixFeatures.layers`.
         """
         prefix = self.prefix.to(device)
-        return prefix.decode() if isinstance(prefix, EncodedPrefix) else prefix
+        if not isinstance(prefix, EncodedPrefix):
+            return prefix
+        try:
+            return prefix.decode()
+        except (FormatError, ValueError) as error:  # its checksums are right: it was written so
+            raise DataError(f"sample {self.sample_id!r}: {error} Extract it again, or leave its store out.") from error
 
 
 def store_fields(
@@ -314,6 +319,11 @@ def from_arrays(
         prefix = PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, layers=layers, **counters)
     else:
         data, shape = torch.from_numpy(arrays["kv"]), _kv_shape(arrays, "", layers)
+        if len(shape) != 5 or min(shape) < 1 or shape[3] != counters["prefix_len"]:
+            raise DataError(
+                f"sample {sample_id!r} has keys and values {list(shape)} and {counters['prefix_len']} tokens, which "
+                "do not go together. Extract it again, or leave its store out."
+            )
         prefix = EncodedPrefix(data=data, codec=codec, shape=shape, layers=layers, **counters)
     stem_len, tails = int(arrays["stem_len"]), tuple(_tails(arrays, codec, layers))
     has_twin = twin is not None and f"{tail_name(twin)}kv" in arrays

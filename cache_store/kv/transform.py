@@ -363,6 +363,12 @@ class TransformCodec(KVCodec):
 
     def decode(self, data: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint16]:
         self.check_size(data.shape, shape)
+        used = self.sections(shape).words + 2 * len(self.streams(data, shape).words)
+        if used != len(data):
+            raise FormatError(
+                f"streams of {list(shape)} take {used} bytes, and there are {len(data)}; the sample is damaged, "
+                "extract it again."
+            )
         kv = np.empty(shape, np.uint16)
         for index in range(len(self.calibrated.groups)):
             layers = self.calibrated.layers_of(index)

@@ -1,6 +1,7 @@
 """The codec `transform` from the first sample to the last command that reads it, on a tiny model."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.cached_samples.identity import store_codec
-from alpacache.errors import UsageError
+from alpacache.errors import DataError, UsageError
 from alpacache.extraction import codec_choice
 from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.config import PlanConfig
@@ -21,12 +22,14 @@ from cache_store import (
     CacheReader,
     FormatError,
     IdentityMismatchError,
+    SampleReadError,
     TransformCodec,
     codec_named,
     collect_garbage,
     copy,
     verify,
 )
+from cache_store.kv.transform import SIZES, turned, turns
 from cache_store.writer import CacheWriter
 
 pytestmark = pytest.mark.system  # whole extractions
@@ -208,3 +211,123 @@ def test_plan_counts_the_bytes_and_the_basis() -> None:
     assert basis == pytest.approx(36 * 2048**2 * 2, rel=1e-3)
     with pytest.raises(ValueError, match="transform:RATE"):
         PlanConfig(samples=10, codec="transform:40")
+
+
+def written_again(store, target, change):
+    """The store with its second sample changed before it is written, so that all checksums are right."""
+    reader = CacheReader(store)
+    (tables,) = (store / "codecs").iterdir()
+    given = {"fields": list(reader.fields.values()), "identity": reader.identity, "codec_tables": tables.read_bytes()}
+    arrays = [dict(reader.read(name, list(reader.fields_of(name)))) for name in reader.sample_ids]
+    arrays[1] |= change(arrays[1], arrays[2])
+    with CacheWriter(target, **given) as writer:
+        for name, values in zip(reader.sample_ids, arrays, strict=True):
+            writer.write(name, values)
+    return target
+
+
+def changed(at, value):
+    """Bytes of a sample from a place of its sections on, as [section, offset, count], overwritten."""
+
+    def change(mine, _):
+        section, offset, count = at
+        tokens, data = int(mine["kv_shape"][3]), mine["kv"].copy()
+        start = {"positions": 0, "states": 12 * tokens, "ends": 16 * tokens, "words": 24 * tokens}[section] + offset
+        data[start : start + count] = value
+        return {"kv": data}
+
+    return change
+
+
+def shaped(**axes):
+    def change(mine, _):
+        shape = mine["kv_shape"].copy()
+        for axis, value in axes.items():
+            shape[["layer", "key_value", "head", "token", "channel"].index(axis)] = value
+        return {"kv_shape": shape}
+
+    return change
+
+
+FORGED = {
+    "cut": lambda mine, _: {"kv": mine["kv"][:-40]},
+    "cut to its beginning": lambda mine, _: {"kv": mine["kv"][:100]},
+    "nothing": lambda mine, _: {"kv": mine["kv"][:0]},
+    "longer": lambda mine, _: {"kv": np.append(mine["kv"], np.zeros(64, np.uint8))},
+    "another's bytes": lambda mine, other: {"kv": other["kv"][: len(other["kv"]) // 2 * 2 - 2]},
+    "states": changed(("states", 0, 400), 255),
+    "lengths that lie": changed(("ends", 3, 1), 127),
+    "positions": changed(("positions", 3, 1), 255),
+    "words": changed(("words", 3000, 4000), 85),
+    "a bit": changed(("words", 5001, 1), 0),
+    "one token more": shaped(token=116),
+    "absurdly many": shaped(token=10**9),
+    "none": shaped(token=0),
+    "fewer than none": shaped(token=-5),
+    "a layer more": shaped(layer=5),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_samples_that_were_written_wrong_are_refused_by_name(name, made, tiny_checkpoint, tmp_path) -> None:
+    """What no checksum can tell; the other samples are as they were."""
+    store = written_again(made[0] / "s", tmp_path / "s", FORGED[name])
+    data, whole = (CachedDataset([each], Checkpoint(str(tiny_checkpoint))) for each in (store, made[0] / "s"))
+    with pytest.raises(DataError, match=re.escape(f"sample {data.sample_id(1)!r}") + ".*[Ee]xtract it again"):
+        data.load(1).decode()
+    assert torch.equal(data.load(2).decode().keys, whole.load(2).decode().keys)
+
+
+def test_every_flipped_cut_or_swapped_object_is_found(made, tiny_checkpoint, tmp_path) -> None:
+    store = shutil.copytree(made[0] / "s", tmp_path / "s")
+    kv = sorted(path for path in store.glob("samples/*/kv/*") if path.name != "zarr.json")
+    good = {path: path.read_bytes() for path in kv}
+    data = CachedDataset([store], Checkpoint(str(tiny_checkpoint)))
+    assert len(kv) == len(data) == 6
+    first, second = kv[:2]
+    size = len(good[first])
+    flips = [
+        good[first][:at] + bytes([good[first][at] ^ 1]) + good[first][at + 1 :] for at in range(7, size, size // 6)
+    ]
+    for broken in (*flips, good[first][:-8], good[first] + b"12345678", good[second], b""):
+        first.write_bytes(broken)
+        (damage,) = verify(store, deep=True).damaged
+        assert damage.field == "kv"
+        assert str(first.relative_to(store)) == damage.object
+        refused = []
+        for index in range(6):
+            try:
+                data.load(index)
+            except SampleReadError as error:
+                refused.append(error.sample_id)
+        assert refused == [damage.sample_id]
+    first.write_bytes(good[first])
+    assert verify(store, deep=True).ok
+
+
+def test_samples_of_another_camera_are_within_the_stated_bound(made, tiny_checkpoint, tmp_path) -> None:
+    """Coded tokens are within the limit, others as they were."""
+    other = {"source": "synthetic:2", "cameras": ("camera_rear_tele_30fov",)}
+    alpacache.extract(settings(tiny_checkpoint, tmp_path / "near", codec_from=str(made[0] / "s"), **other))
+    alpacache.extract(settings(tiny_checkpoint, tmp_path / "exact", codec="bf16", **other))
+    near, exact = (CachedDataset([tmp_path / n], Checkpoint(str(tiny_checkpoint))) for n in ("near", "exact"))
+    codec, raw = near.codec, 0
+    assert isinstance(codec, TransformCodec)
+    tables = codec.calibrated
+    for index in range(2):
+        sample = near.load(index).prefix
+        shape, streams = sample.shape, codec.streams(sample.data.numpy(), sample.shape)
+        sections, data = codec.sections(shape), sample.data.numpy()
+        sizes = SIZES[data[sections.scales : sections.scales + shape[0] * shape[3]].reshape(shape[0], shape[3])]
+        decoded, was = sample.decode(), exact.load(index).prefix
+        cos, sin = (part for part in turns(tables, streams.positions))
+        keys = turned((decoded.keys.float() - was.keys.float()).numpy(), cos, -sin)
+        values = (decoded.values.float() - was.values.float()).numpy() / sizes[:, None, :, None]
+        for number, group in enumerate(tables.groups):
+            layers = slice(tables.layers_of(number).start, tables.layers_of(number).stop)
+            error = np.stack([keys[layers], values[layers]], 1).transpose(3, 0, 1, 2, 4).reshape(shape[3], -1)
+            is_raw = streams.states[number, 0] == 0
+            raw += int(is_raw.sum())
+            assert not error[is_raw].any()
+            assert (np.square(error / group.scale).mean(1) < 1.1 * group.limit).all()
+    assert raw < 2 * shape[3]
