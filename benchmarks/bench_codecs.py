@@ -120,14 +120,14 @@ def other_texts() -> list[str]:
 
 
 def transform_rows(
-    rates: Sequence[float], learn: int, kv: Tensor, queries: Tensor, exact: Tensor, groups: Sequence[int]
+    rates: Sequence[float], texts: int, kv: Tensor, queries: Tensor, exact: Tensor, groups: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the codec `transform`, learnt from other texts, with groups of layers of several sizes."""
     layers, _, heads, tokens, channels = kv.shape
     positions, samples, square = torch.arange(tokens).expand(3, -1), [], torch.zeros(layers, heads, channels)
-    for other, _, of_queries in kv_of_texts(other_texts()[:learn], 768):
+    for other, _, of_queries in kv_of_texts(other_texts()[:texts], 768):
         samples.append(KVSample(kv=other, positions=torch.arange(other.shape[3]).expand(3, -1)))
-        square += of_queries.view(layers, heads, -1, channels).mean(2) / learn
+        square += of_queries.view(layers, heads, -1, channels).mean(2) / texts
     pairs = square.view(layers, heads, 2, -1).mean(2)
     angles = ROPE_BASE ** (-torch.arange(channels // 2) * 2 / channels)
     for together in groups:
