@@ -28,12 +28,19 @@ _GROUND, _ROAD, _LINE, _OUT = "#eef0e8", "#d4d4d4", "#ffffff", "#b00020"
 
 
 def telling(drives: Mapping[str, Sequence[RoadDrive]]) -> int:
-    """The road on which the last model comes furthest ahead of the first, if possible one that only it keeps."""
+    """The road that shows best what the last model has over the first.
+
+    If possible a bend that only it drives to the end, else a road on which only it stays in its lane; of those where it
+    stays nearest to its lane.
+    """
     first, *_, last = drives.values()
-    gains = [after.distance_m - before.distance_m for before, after in zip(first, last, strict=True)]
-    only = [place for place, drive in enumerate(last) if drive.kept and not first[place].kept]
-    bends = [place for place in only if last[place].road.shape != "straight"]
-    return max(bends or only or range(len(gains)), key=lambda place: gains[place])
+
+    def shows(place: int) -> tuple[bool, bool, float]:
+        before, after = first[place], last[place]
+        ends = before.lost and not after.lost and after.road.shape != "straight"
+        return ends, after.kept and not before.kept, -max(map(abs, after.offset_m))
+
+    return max(range(len(last)), key=shows)
 
 
 def write_loop_film(path: Path, drives: Mapping[str, RoadDrive], *, most_bytes: int = 2_000_000) -> None:
