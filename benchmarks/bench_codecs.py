@@ -37,7 +37,7 @@ from torch import Tensor
 
 from alpacache.alpamayo.backbone import cache_argument
 from alpacache.prefix import codec_passes, layered
-from alpacache.prefix.calibration import KVSample
+from alpacache.prefix.calibration import KVSample, learn
 from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, KVCodec
 from cache_store.kv.affine import AffineCodec
