@@ -27,6 +27,7 @@ from alpacache.checks.recordings import (
 )
 from alpacache.checks.repeats import Moment, moments_of
 from alpacache.checks.routes import ClipRoutes
+from alpacache.checks.seams import bends_at_t0
 from alpacache.checks.targets import Targets, judge_targets, targets_of
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import Seam, Track, seam_of
@@ -59,6 +60,8 @@ class ClipFindings:
     motion: Motion | None = None
     targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
+    bends: list[bool] = field(default_factory=list)
+    """Of samples that come without a recording: True where the yaw rate changes at t0 as nowhere after it."""
     seams: list[Seam] = field(default_factory=list)
     """Seams of samples that come without a recording."""
     moments: list[Moment] = field(default_factory=list)
@@ -122,6 +125,7 @@ def examine(
         if not isinstance(source, RecordedSource):
             clip.turns += turns_of_sample(sample)
             clip.seams.append(seam_of(sample.history_xyz, sample.future_xyz))
+            clip.bends.append(bends_at_t0(sample.history_rot, sample.future_rot))
     if not isinstance(source, RecordedSource):
         if first is not None:
             _judge_recording(clip, recording_of(first))

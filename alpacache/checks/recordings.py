@@ -153,10 +153,10 @@ def check_poses(track: Track) -> Check:
     holes, leaps = np.flatnonzero(gaps_us > MAX_GAP_US), jumps(track)
     faults = {}
     if len(leaps):
-        fault = f"{len(leaps)} jumps, the first at {track.timestamps_us[leaps[0]] / 1e6:.2f} s"
+        fault = f"{len(leaps)} jump{'s' * (len(leaps) > 1)}, the first at {track.timestamps_us[leaps[0]] / 1e6:.2f} s"
         faults[fault] = "Localisation was reset there: cut the clip in two, or keep t0 away from it."
     if len(holes):
-        fault = f"{len(holes)} gaps above 1 s, the longest {_duration(int(gaps_us.max()))}"
+        fault = f"{len(holes)} gap{'s' * (len(holes) > 1)} above 1 s"
         faults[fault] = "Samples across a gap are refused; cut the clip there."
         if gaps_us.max() > DAY_US:
             faults[fault] = "A clock was set while it ran: drop the poses before that."

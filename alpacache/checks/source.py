@@ -39,7 +39,7 @@ from alpacache.checks.order import MIN_JUMPS, clips_that_jump, judge_order, name
 from alpacache.checks.pictures import Turn, alike, judge_mirrored, judge_pictures
 from alpacache.checks.repeats import judge_repeats
 from alpacache.checks.routes import RoutesReport, judge_routes, merge_routes
-from alpacache.checks.seams import judge_seams
+from alpacache.checks.seams import judge_bends, judge_seams
 from alpacache.checks.targets import judge_targets
 from alpacache.driving.cameras import FRONT_CAMERA, sort_cameras
 from alpacache.driving.sample import Sample, SampleRef
@@ -366,6 +366,7 @@ class _Survey:
         if motions:
             whole += [judge_axes(motions), judge_speed(motions)]
         torn = judge_seams({clip.clip_id: clip.seams for clip in self.clips.values()})
+        torn = torn or judge_bends({clip.clip_id: clip.bends for clip in self.clips.values()})
         whole += [] if torn is None else [torn]
         targets = [clip.targets for clip in self.clips.values() if clip.targets is not None]
         whole += [judge_targets(targets), judge_clocks(self.lag_curve)]

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
-from alpacache.checks.seams import is_torn, judge_seams
+from alpacache.checks.seams import bends_at_t0, is_torn, judge_bends, judge_seams
 from alpacache.checks.source import check_source
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.driving.poses import history_and_future, seam_of
 from alpacache.driving.sample import SampleRef
+from alpacache.driving.strata import heading
 
 
 def paths(track):
@@ -40,6 +42,29 @@ def test_futures_of_others_are_told_with_the_number(drive):
     assert check.found.startswith(f"in {count} of 34 samples velocity changes at t0 as nowhere around")
     torn = next(seam for seam in mixed if is_torn(seam))
     assert judge_seams({"a": own, "b": [torn]}).status == "warn"
+
+
+@pytest.mark.parametrize("noise_rad", [0.0, 0.003])
+def test_mirrored_futures_are_told_where_the_vehicle_turns(drive, noise_rad):
+    whole, noise = paths(drive()), np.random.default_rng(2).normal(0, noise_rad, (34, 80))
+    mirror = np.diag([1.0, -1.0, 1.0]).astype(np.float32)
+    own, mirrored, turns = [], [], []
+    for path, errors in zip(whole, noise, strict=True):
+        shaken = Rotation.from_euler("z", errors[:, None]).as_matrix()
+        history, future = shaken[:16] @ path.history_rot, shaken[16:] @ path.future_rot
+        own.append(bends_at_t0(history, future))
+        mirrored.append(bends_at_t0(history, mirror @ future @ mirror))
+        turns.append(abs(heading(path.history_rot[5:6])[0]) > 0.1)
+    assert sum(turns) >= 8
+    assert sum(own) == 0
+    assert np.mean(np.array(mirrored)[turns]) > 0.6
+    assert judge_bends({"town": own}) is None
+    check = judge_bends({"a": own, "b": mirrored})
+    assert check.status == "warn"
+    assert (
+        check.found == f"in {sum(mirrored)} of 68 samples the yaw rate changes at t0 as nowhere after it, such as in b"
+    )
+    assert judge_bends({"a": own, "b": [True]}) is None
 
 
 def test_check_names_torn_rows(drive, panorama):

@@ -313,7 +313,7 @@ def test_a_jump_is_named(recorded, row, refused):
     change_poses(recorded, jump, slice(2, 3))
     report, bad = checked(recorded)
     assert set(bad) == {"poses"}
-    assert f"1 jumps, the first at {(row - 1) * 0.05:.2f} s" in bad["poses"].found
+    assert f"1 jump, the first at {(row - 1) * 0.05:.2f} s" in bad["poses"].found
     assert [refusal.kind for refusal in report.refused] == ["pose_jump"] * refused
 
 
@@ -335,7 +335,7 @@ def test_a_gap_a_slow_rate_and_nan_are_named(recorded):
     found = [{check.name: check for check in clip.checks} for clip in report.clips]
     by_id = {clip.clip_id: checks for clip, checks in zip(report.clips, found, strict=True)}
     cut_one, thinned, broken = (by_id[clip.name] for clip in clips_of(recorded)[:3])
-    assert "1 gaps above 1 s, the longest 2.05 s" in cut_one["poses"].found
+    assert "longest gap 2.05 s; 1 gap above 1 s" in cut_one["poses"].found
     assert "fewer than 10 poses a second" in thinned["poses"].found
     assert "1 of 401 poses hold NaN" in broken["rotations"].found
     assert [refusal.kind for refusal in report.refused] == ["not_finite"]
