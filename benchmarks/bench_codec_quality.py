@@ -5,7 +5,7 @@ with keys and values encoded and decoded, so that every run trains on and is jud
 bfloat16 holds exactly what is decoded, so that only the bytes differ from a store of the codec. Each is trained from
 several seeds, and judged by the slope of the predicted heading change at 6.4 s against the true one (1 is unbiased, 0
 always straight) and minADE in metres, as `eval` has them. `bits` are bits a value of the validation samples, which no
-codec is learnt from; a model as small as the demo's spends 0.7 of them on streams and positions, a released one 0.04.
+codec is learnt from; a model as small as the demo's spends 0.4 of them on streams and positions, a released one 0.07.
 
 `--folder` keeps stores and runs: the same command goes on where it was stopped.
 """
