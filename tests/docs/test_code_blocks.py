@@ -247,7 +247,7 @@ def test_the_camera_study_runs(tmp_path, monkeypatch):
 
 OFFLINE = ("index", "how-to/own-data", "how-to/resume-and-repair", "how-to/export", "how-to/brain-or-hands")
 MAKE_TINY = "python -m alpacache.alpamayo.tiny_checkpoint tiny\n"
-OFFLINE += ("how-to/several-machines", "how-to/compare-checkpoints")
+OFFLINE += ("how-to/several-machines", "how-to/compare-checkpoints", "how-to/reasoning")
 
 
 @pytest.mark.slow
