@@ -34,7 +34,7 @@ def test_without_a_gpu_it_is_exit_1_and_json_names_every_check(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_the_table_has_the_next_steps(tmp_path):
     done = run("--store", tmp_path)
     text = " ".join(done.stdout.split())

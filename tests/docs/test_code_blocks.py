@@ -203,7 +203,7 @@ def registries():
         yield
 
 
-@pytest.mark.system
+@pytest.mark.ci
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, workplace, registries):
     with contextlib.chdir(workplace):

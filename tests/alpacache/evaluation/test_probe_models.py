@@ -44,7 +44,7 @@ def r2(predictions, inputs, target, targets=TARGETS, clips=CLIPS):
 def test_planted_lines_are_found_by_both_probes(planted):
     for probe in PROBES:
         assert r2(planted[probe], "features", LINE).low > 0.35
-        assert r2(planted[probe], "both", LINE).low > 0.9
+        assert r2(planted[probe], "both", LINE).low > 0.87
         assert 0.1 < r2(planted[probe], "history", LINE).estimate < 0.5
 
 

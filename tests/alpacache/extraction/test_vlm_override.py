@@ -87,7 +87,7 @@ def test_the_identity_names_it(stores, tiny_checkpoint, other, plain_layout):
         alpacache.extract(config(tiny_checkpoint, stores / "plain", **settings))
 
 
-@pytest.mark.system
+@pytest.mark.ci
 def test_stores_of_two_vlms_do_not_mix_and_an_expert_stays_with_its_own(stores, tiny_checkpoint, tmp_path):
     model = str(tiny_checkpoint)
     with pytest.raises(UsageError, match=r"cannot be mixed with(.|\n)*model\.vlm"):

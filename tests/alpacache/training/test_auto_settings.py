@@ -119,7 +119,7 @@ def test_stores_may_move_and_a_revision_may_be_forgotten():
         ({"steps": 40}, {"steps": 40, "warmup": 4}),
         ({"steps": None, "epochs": 40.0, "warmup": 4}, {"steps": 40}),
         ({"trainable": "lora"}, {"trainable": "lora", "lora_alpha": 32.0}),
-        ({"trainable": "head", "lora_rank": 4}, {"trainable": "head"}),
+        ({"trainable": "head", "lora_rank": 4, "resume": True}, {"trainable": "head"}),
         ({"seed": 0, "draws": 1, "betas": [0.9, 0.999]}, {"keep": 9, "save_every": 1, "ema": 0.9}),
     ],
 )
