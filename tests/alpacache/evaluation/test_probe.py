@@ -43,6 +43,8 @@ from cache_store import CacheReader, SampleReadError
 pytestmark = pytest.mark.system  # whole probes
 
 N = 450
+DENIED = {"not there", "too few samples"}
+"""A planted product of two components is just found among so many samples, or just not."""
 
 
 def planted(seed=0):
@@ -76,7 +78,7 @@ def test_planted_information_is_there(found):
     assert (heading.answer, heading.stratum) == ("there", LATE_CURVE)
     assert curvature.answer == "there"
     assert "(products)" in curvature.sentence  # it is one: of two components
-    assert (speed.answer, speed.stratum) == ("not there", ALL)
+    assert (speed.answer in DENIED, speed.stratum) == (True, ALL)
     cells = found.scores[LATE_CURVE][HEADING]["hidden"]
     assert cells["ridge"].gain.low > 0.8
     gain = max((cell.gain for cell in cells.values()), key=lambda gain: gain.estimate)
@@ -96,9 +98,9 @@ def test_shuffled_features_hold_nothing():
     order = np.random.default_rng(5).permutation(N)
     report = probe_data(replace(data, features={"hidden": data.features["hidden"][order]}))
     assert all("A planted signal that explains 0.3" in verdict.sentence for verdict in report.verdicts)
-    heading, curvature, speed = (verdict.answer for verdict in report.verdicts)
-    assert (heading, speed) == ("not there", "not there")
-    assert curvature in ("not there", "too few samples")  # of a planted product 225 clips just tell
+    heading, *others = (verdict.answer for verdict in report.verdicts)
+    assert heading == "not there"
+    assert set(others) <= DENIED
     assert "more cameras, other frames or fine-tuning of the VLM" in report.conclusion
     for probe in ("ridge", "mlp"):
         for target in TARGETS:
