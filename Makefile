@@ -74,7 +74,7 @@ test-store-3.12: $(STAMP312)  ## The store's tests on Python 3.12 and zarr 3.4, 
 test-slow: $(STAMP)  ## Everything, the slow tests included
 	$(call PYTEST,$(VENV))
 
-torture: $(STAMP)  ## Kills, power cuts, full disks and flipped bits: the store, then commands and runs (20 minutes on 2 cores)
+torture: $(STAMP)  ## Kills, power cuts, full disks and flipped bits: the store, then commands and runs (half an hour or more on 2 cores)
 	$(BIN)/python benchmarks/torture_store.py --kills 300 --flips 3000
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture_runs.py --kills 40 --flips 8
 

@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="traces system calls of Linux")
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_kills_at_system_calls_and_flipped_bits_of_a_run(tmp_path) -> None:
     command = [sys.executable, str(BENCHMARKS / "torture_runs.py"), "--kills", "2", "--flips", "1", "--seed", "1"]
     done = subprocess.run([*command, "--json", str(tmp_path / "report.json")], capture_output=True, text=True)

@@ -130,7 +130,7 @@ def test_few_clips_do_not_deny():
     assert "Extract more clips" in report.conclusion
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_single_layers_are_scored_beside_all_together():
     data = planted()
     noise = np.random.default_rng(1).normal(size=(N, 64)).astype(np.float32)
