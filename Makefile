@@ -32,7 +32,7 @@ demo: $(STAMP)  ## The whole story offline on the CPU: biased tiny model, cache,
 	rm -rf demo
 	$(BIN)/alpacache demo --out demo
 
-quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (4 minutes on 2 cores)
+quick: $(STAMP)  ## What to run while working: no whole ways, no kernels (2 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci and not system"
 
 $(VENV_LOWEST)/.installed: pyproject.toml constraints.txt .ci/lower-bounds
