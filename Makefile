@@ -56,7 +56,7 @@ $(VENV_NEWEST)/.installed: pyproject.toml constraints.txt
 quick-newest: $(VENV_NEWEST)/.installed  ## `quick` with the newest of every dependency
 	$(call PYTEST,$(VENV_NEWEST)) -m "not slow and not ci and not system"
 
-test: $(STAMP)  ## The test suite (12 minutes on 2 cores)
+test: $(STAMP)  ## The test suite (8 minutes on 2 cores)
 	$(call PYTEST,$(VENV)) -m "not slow and not ci"
 
 test-ci: $(STAMP)  ## What `make test` leaves to CI: kernels interpreted and compiled on the CPU, the demo shortened
