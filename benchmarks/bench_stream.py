@@ -77,7 +77,7 @@ class KeptRam:
 
     def room(self) -> AbstractContextManager[Any]:
         """Within it plans count what is kept as free: they plan for a home that is not there yet."""
-        kept = sum(flat.nbytes for home in self._made.values() for flat in home._locked)
+        kept = sum(flat.nbytes for home in self._made.values() for flat in home._flats)
         return mock.patch.object(memory, "available_bytes", return_value=available_bytes() + kept)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,25 +87,27 @@ class RamHome:
         """`share`: with the other processes of this launch on this machine that read the same units."""
         self._units: list[dict[str, Tensor]] = []
         self._next, self._cuda = 0, cuda
-        self._locked: list[Bytes] = []
+        self._flats: list[Bytes] = []
         self._shared: SharedBytes | None = None
         places = [_places(unit, dtype) for unit in units]
         ends = list(itertools.accumulate(page_rounded(size) for _, size in places))
 
-        def flats(memory: Bytes) -> Iterator[Bytes]:
-            return (memory[begin:end] for begin, end in itertools.pairwise([0, *ends]))
-
-        def views(flat: Bytes, number: int) -> dict[str, Tensor]:
-            tensors = units[number].tensors
-            return {name: _view(flat, at, dtype, tensors[name].shape) for name, at in places[number][0].items()}
+        def hold(memory: Bytes) -> None:
+            for unit, (offsets, _), (begin, end) in zip(units, places, itertools.pairwise([0, *ends]), strict=True):
+                flat = memory[begin:end]
+                if cuda:
+                    page_lock(flat)
+                self._flats.append(flat)
+                self._units.append(
+                    {name: _view(flat, at, dtype, unit.tensors[name].shape) for name, at in offsets.items()}
+                )
 
         def fill(memory: Bytes) -> None:
+            hold(memory)
             reader = _Reader()
             try:
-                for number, flat in enumerate(flats(memory)):
-                    self._lock(flat)
-                    held, stage = views(flat, number), page_aligned(reader.stage_bytes(units[number]))
-                    for name, tensor in reader.read(units[number], stage).items():
+                for unit, held in zip(units, self._units, strict=True):
+                    for name, tensor in reader.read(unit, page_aligned(reader.stage_bytes(unit))).items():
                         held[name].copy_(tensor)
             finally:
                 reader.close()
@@ -113,22 +115,13 @@ class RamHome:
         try:
             if share and can_share():
                 self._shared = SharedBytes(_name(units, dtype), ends[-1], fill)
-                memory = self._shared.bytes
+                if not self._shared.filled_here:
+                    hold(self._shared.bytes)
             else:
-                memory = page_aligned(ends[-1])
-                fill(memory)
-            for number, flat in enumerate(flats(memory)):
-                if number >= len(self._locked):  # another process has filled it
-                    self._lock(flat)
-                self._units.append(views(flat, number))
+                fill(page_aligned(ends[-1]))
         except BaseException:
             self.close()
             raise
-
-    def _lock(self, flat: Bytes) -> None:
-        if self._cuda:
-            page_lock(flat)
-        self._locked.append(flat)
 
     def next_unit(self) -> Mapping[str, Tensor]:
         self._next += 1
@@ -140,9 +133,9 @@ class RamHome:
     def close(self) -> None:
         if self._shared is not None:
             self._shared.close()
-        for flat in self._locked if self._cuda else ():
+        for flat in self._flats if self._cuda else ():
             page_unlock(flat)
-        self._locked.clear()
+        self._flats.clear()
 
 
 def _name(units: Sequence[UnitFiles], dtype: torch.dtype) -> str:

@@ -72,6 +72,17 @@ class RoadDrive:
     lost: bool = False
     """True if the drive was given up."""
 
+    def seen(self, camera: str, step: int) -> NDArray[np.uint8]:
+        """Render what a camera sees from where the car was at a step, `[3, H, W]`."""
+        return self.road.source.view(
+            self.road.clip_id,
+            camera,
+            position=self.xyz[step][:2],
+            yaw_rad=self.yaw[step],
+            arc_m=self.arc_m[step],
+            frame=step * STEP_US // POSE_STEP_US,
+        )
+
     @property
     def left_at(self) -> int | None:
         """The first step at which the car was out of its lane; None if it never was."""
@@ -264,14 +275,7 @@ class _Renderer:
                 del made[old]
             for number in wanted:
                 if number not in made:
-                    made[number] = drive.road.source.view(
-                        drive.road.clip_id,
-                        camera,
-                        position=drive.xyz[number][:2],
-                        yaw_rad=drive.yaw[number],
-                        arc_m=drive.arc_m[number],
-                        frame=number * STEP_US // POSE_STEP_US,
-                    )
+                    made[number] = drive.seen(camera, number)
             shots.append(np.stack([made[number] for number in wanted]).transpose(0, 2, 3, 1))
         return np.stack(shots)
 

@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from alpacache.driver.closed_loop import KEPT_M, RoadDrive
 from alpacache.driver.loop_page import AHEAD_M, road_lines
 from alpacache.driving.cameras import FRONT_CAMERA
-from alpacache.driving.sample import DT_S, STEP_US, Floats
+from alpacache.driving.sample import DT_S, Floats
 from alpacache.pictures.canvas import EGO_M, INK, MODEL_COLOURS
 from alpacache.pictures.front_view import SMOOTH
-from alpacache.sources.road import POSE_STEP_US
 
 EVERY = 2
 """Steps of 0.1 s from one picture to the next."""
@@ -88,15 +87,7 @@ class _Panel:
         return whole
 
     def _front(self, step: int) -> Image.Image:
-        drive = self._drive
-        seen = drive.road.source.view(
-            drive.road.clip_id,
-            FRONT_CAMERA,
-            position=drive.xyz[step][:2],
-            yaw_rad=drive.yaw[step],
-            arc_m=drive.arc_m[step],
-            frame=step * STEP_US // POSE_STEP_US,
-        )
+        seen = self._drive.seen(FRONT_CAMERA, step)
         return Image.fromarray(np.ascontiguousarray(seen.transpose(1, 2, 0))).resize((_WIDTH, _FRONT))
 
     def _above(self, step: int) -> Image.Image:
