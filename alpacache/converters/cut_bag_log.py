@@ -4,7 +4,6 @@ rosbags reads those that are whole. The format (http://wiki.ros.org/Bags/Format/
 of named fields and data; messages and what connects them lie in chunks.
 """
 
-import bz2
 import io
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from alpacache.converters.drive import Dropped
 from alpacache.converters.log_files import MOST_CHUNK_BYTES
 from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
 from alpacache.converters.rosbag_log import decoder_of
+from alpacache.converters.unpacking import DAMAGED, unpacked
 
 MAGIC = b"#ROSBAG V2.0\n"
 _MESSAGE, _CHUNK, _CONNECTION = 2, 5, 7
@@ -89,7 +89,7 @@ class CutBagLog:
                     try:
                         inside = _unpacked(fields, data)
                         found = list(_messages(inside, connections))
-                    except (ValueError, OSError, EOFError, RuntimeError, struct.error, KeyError) as error:
+                    except (*DAMAGED, struct.error, KeyError) as error:
                         why = f"{file.name}: the chunk at byte {place:,} is damaged ({error})"
                         self._lost.setdefault((number, place), Dropped(what="chunks", count=1, reason=why))
                         found = []
@@ -124,21 +124,9 @@ def _fields(header: bytes) -> dict[str, bytes]:
 
 
 def _unpacked(fields: Mapping[str, bytes], data: bytes) -> bytes:
-    """A chunk's content within bounds. Raises what its compression raises of other data."""
-    size, compression = int.from_bytes(fields["size"], "little"), fields.get("compression", b"none")
-    if size > MOST_CHUNK_BYTES:
-        raise ValueError(f"it says that it holds {size:,} bytes")
-    if compression == b"bz2":
-        data = bz2.BZ2Decompressor().decompress(data, max_length=size + 1)
-    elif compression == b"lz4":
-        from lz4.frame import LZ4FrameDecompressor
-
-        data = LZ4FrameDecompressor().decompress(data, max_length=size + 1)
-    elif compression != b"none":
-        raise ValueError(f"its compression {compression[:20]!r} is unknown")
-    if len(data) != size:
-        raise ValueError(f"it holds {len(data):,} bytes or more, and says {size:,}")
-    return data
+    """A chunk's content within bounds. Raises one of `DAMAGED`."""
+    compression = fields.get("compression", b"none").decode("ascii", "replace")
+    return unpacked(data, compression, int.from_bytes(fields["size"], "little"))
 
 
 def _messages(chunk: bytes, connections: dict[int, _Connection]) -> Iterator[tuple[int, int, bytes]]:

@@ -15,6 +15,7 @@ from typing import Any
 from alpacache.converters.drive import Dropped
 from alpacache.converters.log_files import MOST_CHUNK_BYTES
 from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
+from alpacache.converters.unpacking import DAMAGED, unpacked
 from alpacache.errors import SourceError
 from alpacache.regular_file import regular_size
 
@@ -24,9 +25,9 @@ MAGIC = b"\x89MCAP0\r\n"
 class McapLog:
     """The messages of MCAP files, in this order."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Raises `SourceError` for files that are none."""
-        self._files = list(files)
+    def __init__(self, files: Sequence[Path], *, keeps: object = None) -> None:
+        """`keeps`: what the files live as long as. Raises `SourceError` for files that are none."""
+        self._files, self._keeps = list(files), keeps
         self._lost: dict[tuple[int, int], Dropped] = {}
         self._channels: dict[int, tuple[dict[int, Any], dict[int, Any]]] = {}
         self._topics: dict[str, Topic] | None = None
@@ -154,7 +155,7 @@ class _Ended(Exception):  # noqa: N818
         self.place = place
 
 
-_DAMAGED: tuple[type[Exception], ...] = (ValueError, struct.error, EOFError, RuntimeError, MemoryError, OSError)
+_DAMAGED = (*DAMAGED, struct.error)
 """Errors that the library and its decompressors raise for bytes that are not theirs."""
 
 
@@ -199,24 +200,7 @@ def _records(file: Path, offset: int = 0) -> Iterator[tuple[int, Any]]:
 
 def _whole(chunk: Any) -> Any:
     """A chunk decompressed, within bounds. Raises one of `_DAMAGED`."""
-    if chunk.uncompressed_size > MOST_CHUNK_BYTES:
-        raise ValueError(f"it says that it holds {chunk.uncompressed_size:,} bytes")
-    if chunk.compression == "zstd":
-        import zstandard
-
-        with zstandard.ZstdDecompressor().stream_reader(chunk.data) as stream:
-            data = stream.read(chunk.uncompressed_size + 1)
-    elif chunk.compression == "lz4":
-        from lz4.frame import LZ4FrameDecompressor
-
-        data = LZ4FrameDecompressor().decompress(chunk.data, max_length=chunk.uncompressed_size + 1)
-    elif chunk.compression:
-        raise ValueError(f"its compression {chunk.compression[:20]!r} is unknown")
-    else:
-        data = chunk.data
-    if len(data) != chunk.uncompressed_size:
-        raise ValueError(f"it holds {len(data):,} bytes or more, and says {chunk.uncompressed_size:,}")
-    return replace(chunk, compression="", data=data)
+    return replace(chunk, compression="", data=unpacked(chunk.data, chunk.compression, chunk.uncompressed_size))
 
 
 def _summed_up(file: Path) -> list[Topic]:

@@ -21,6 +21,7 @@ from alpacache.converters.messages import MessageLog, Topic, part
 from alpacache.converters.ros_pictures import PICTURE_TYPES, VIDEO_TYPES, PictureReader
 from alpacache.converters.ros_poses import POSE_TYPES, STATIC, PoseReader, Stamps
 from alpacache.converters.rosbag_log import RosbagLog
+from alpacache.converters.unpacking import unpacked_files
 from alpacache.driving.cameras import CAMERAS, FRONT_CAMERA
 from alpacache.errors import BadClipError, SourceError, UsageError
 from alpacache.regular_file import read_regular, regular_size
@@ -176,7 +177,7 @@ def _with_metadata(place: Path) -> MessageLog:
         listed = YAML(typ="safe").load(text)["rosbag2_bagfile_information"]
         storage = str(listed["storage_identifier"])
         names = [Path(str(name)).name for name in listed["relative_file_paths"]]
-        packed = str(listed.get("compression_mode") or "").lower() == "file"
+        packed = str(listed.get("compression_mode") or "").lower()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
         what = f"{place / METADATA} cannot be read ({type(error).__name__})"
         raise SourceError(f"{what}; name the files instead.") from error
@@ -184,7 +185,10 @@ def _with_metadata(place: Path) -> MessageLog:
     if absent := [file.name for file in files if not os.path.lexists(file)]:
         raise SourceError(f"{place}: {', '.join(absent[:3])} of {METADATA} is not there; copy it, or name one file.")
     _check_regular(files)
-    return McapLog(files) if storage == "mcap" and not packed else RosbagLog([place])
+    if packed == "file":
+        folder, files = unpacked_files(files)
+        return McapLog(files, keeps=folder) if storage == "mcap" else RosbagLog(files, keeps=folder)
+    return McapLog(files) if storage == "mcap" else RosbagLog([place])
 
 
 def _check_regular(files: Sequence[Path]) -> None:

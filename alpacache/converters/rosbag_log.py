@@ -9,15 +9,19 @@ from typing import Any
 from alpacache.converters.drive import Dropped
 from alpacache.converters.message_types import full_name, message_types
 from alpacache.converters.messages import Message, MessageReading, Position, Topic, type_of
+from alpacache.converters.unpacking import unpacked
 from alpacache.errors import SourceError
 
 
 class RosbagLog:
     """The messages of one or several files of a recording, by their time of arrival."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """`files`: `.bag` files, `.db3` files, or a folder with `metadata.yaml`. Raises `SourceError`."""
-        self._files = list(files)
+    def __init__(self, files: Sequence[Path], *, keeps: object = None) -> None:
+        """`files`: `.bag` files, `.db3` files, or a folder with `metadata.yaml`; `keeps`: what they live as long as.
+
+        Raises `SourceError`.
+        """
+        self._files, self._keeps = list(files), keeps
         self.lost: Sequence[Dropped] = []
         with self._opened(is_new=True) as reader:
             self.topics: Mapping[str, Topic] = {
@@ -39,13 +43,15 @@ class RosbagLog:
             if not connections:
                 return
             seen: dict[str, Position] = {}
-            for connection, log_ns, data in reader.messages(connections, start=None if start is None else start[1]):
+            packed = _keep_packed(reader)
+            first = None if start is None else start[1]
+            for connection, log_ns, data in self._checked(reader.messages(connections, start=first)):
                 last = seen.get(connection.topic)
                 nth = last[2] + 1 if last is not None and last[1] == log_ns else 0
                 seen[connection.topic] = position = (0, log_ns, nth)
 
                 read = MessageReading(
-                    decode=partial(_decoded, reader, connection.msgtype),
+                    decode=partial(_decoded, reader, connection.msgtype, is_packed=packed),
                     data=data,
                     where=f"{connection.topic} at {log_ns} ns",
                 )
@@ -57,7 +63,6 @@ class RosbagLog:
         from rosbags.highlevel import AnyReader
         from rosbags.typesys import Stores, get_typestore
 
-        names = ", ".join(file.name for file in self._files[:3])
         try:
             # Bags before ROS 2 Iron hold no definitions.
             reader = AnyReader(self._files, default_typestore=get_typestore(Stores.ROS2_HUMBLE))
@@ -67,16 +72,47 @@ class RosbagLog:
         except SourceError:
             raise
         except Exception as error:  # of damaged files, SQLite and the library's parsers raise anything
-            remedy = "Copy it again, or mend it with `ros2 bag reindex`"
-            raise SourceError(f"{names} cannot be read as a bag ({error}). {remedy}.") from error
+            raise self._unreadable(error) from error
         try:
             yield reader
         finally:
             reader.close()
 
+    def _checked(self, messages: Iterator[Any]) -> Iterator[Any]:
+        """What the library's reader gives; what it raises of a damaged file is a `SourceError`."""
+        try:
+            yield from messages
+        except Exception as error:
+            raise self._unreadable(error) from error
 
-def _decoded(reader: Any, kind: str, data: bytes) -> Any:
-    return reader.deserialize(data, kind)
+    def _unreadable(self, error: Exception) -> SourceError:
+        names = ", ".join(file.name for file in self._files[:3])
+        remedy = "Copy it again, or mend it with `ros2 bag reindex`"
+        return SourceError(f"{names} cannot be read as a bag ({error}). {remedy}.")
+
+
+def _decoded(reader: Any, kind: str, data: bytes, *, is_packed: bool) -> Any:
+    return reader.deserialize(unpacked(data, "zstd") if is_packed else data, kind)
+
+
+def _keep_packed(reader: Any) -> bool:
+    """Keep the library from unpacking chunks and messages, which it does without a bound.
+
+    Chunks of ROS 1 are unpacked here instead; tells whether messages of ROS 2 are left as they lie in the file.
+    """
+    if reader.is2:
+        (storage, *_) = [one.storage for one in reader.readers]
+        is_packed = storage.metadata.compression_mode == "message"
+        if is_packed:
+            storage.metadata = storage.metadata._replace(compression_mode=None)
+        return is_packed
+    from rosbags.rosbag1.reader import decompressors
+
+    names = {unpack: name for name, unpack in decompressors.items()}
+    for one in reader.readers:
+        for place, chunk in one.chunks.items():
+            one.chunks[place] = chunk._replace(decompressor=partial(unpacked, compression=names[chunk.decompressor]))
+    return False
 
 
 def _check_definitions(reader: Any) -> None:

@@ -45,9 +45,11 @@ def read_table(file: str, columns: Sequence[str], *, what: str) -> dict[str, lis
     try:
         read = _read_parquet if file.lower().endswith(".parquet") else _read_csv
         return read(Path(file), columns, what)
-    except (OSError, ValueError, csv.Error, BadClipError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except BadClipError as error:  # which says what it is about
+        raise UsageError(str(error)) from error
+    except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{what} cannot be read ({_reason(error)}).") from error
 
 

@@ -170,7 +170,7 @@ def _opened(file: Path | BinaryIO, *, where: str, limit_bytes: int | None = MAX_
         try:
             regular_size(file, limit_bytes=limit_bytes)
         except OSError as error:
-            raise BadClipError("unsafe_path", f"{where} cannot be read: {error}.") from error
+            raise BadClipError("unsafe_path", f"{where} cannot be read: {error.strerror or error}.") from error
     with _refused(where, file), pq.ParquetFile(file) as parquet:
         yield parquet
 

@@ -3,12 +3,17 @@
 import base64
 import json
 import os
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from alpacache.converters import unpacking
 from alpacache.converters.drive import Arrays, Packets, Pictures
 from alpacache.converters.messages import fetched
 from alpacache.converters.ros import drives, list_topics, open_log
@@ -568,24 +573,97 @@ def test_a_bag_of_ros_1_that_was_cut_off_is_read_as_far_as_it_is_whole(curved, t
     assert list_topics(path, kind="rosbag").rows[1][:3] == ["/pose", "geometry_msgs/PoseStamped", str(count)]
 
 
-@pytest.mark.parametrize("compression", ["none", "message"])
-def test_a_bag_of_ros_2_becomes_the_drive_it_was_written_from(curved, times_ns, tmp_path, compression):
+def write_bag(path, curved, times_ns, *, compression="none"):
+    """A bag of ROS 2 in SQLite."""
     from rosbags.typesys import Stores, get_typestore
 
-    store, path = get_typestore(Stores.ROS2_HUMBLE), tmp_path / "a"
-    writer = rosbag2.Writer(path, version=8)
-    if compression == "message":
-        writer.set_compression(rosbag2.CompressionMode.MESSAGE, rosbag2.CompressionFormat.ZSTD)
+    store, writer = get_typestore(Stores.ROS2_HUMBLE), rosbag2.Writer(path, version=8)
+    if compression != "none":
+        writer.set_compression(rosbag2.CompressionMode[compression.upper()], rosbag2.CompressionFormat.ZSTD)
     with writer:
         connections = {}
         for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=False):
             if topic not in connections:
                 connections[topic] = writer.add_connection(topic, kind, typestore=store)
             writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_cdr(value, kind))
+
+
+def replaced_message(database, data, *, topic="/pose", number=100):
+    """Put other bytes in the place of one message of a bag in SQLite."""
+    with closing(sqlite3.connect(database)) as opened, opened:
+        of_topic = "SELECT messages.id FROM messages JOIN topics ON topic_id = topics.id WHERE name = ? ORDER BY 1"
+        (row, *_) = opened.execute(of_topic, (topic,)).fetchall()[number]
+        opened.execute("UPDATE messages SET data = ? WHERE id = ?", (data, row))
+
+
+@pytest.mark.parametrize("compression", ["none", "message", "file"])
+def test_a_bag_of_ros_2_becomes_the_drive_it_was_written_from(curved, times_ns, tmp_path, compression):
+    path = tmp_path / "a"
+    write_bag(path, curved, times_ns, compression=compression)
     assert_same_drive(only(path), curved, times_ns)
+    assert not list(Path(tempfile.gettempdir()).glob("alpacache-bag-*"))
     if compression == "none":
         (db3,) = path.glob("*.db3")
         assert_same_drive(only(db3), curved, times_ns)
+
+
+def test_a_message_that_unfolds_beyond_what_a_log_has_is_left_out(curved, times_ns, tmp_path, monkeypatch):
+    import zstandard
+
+    write_bag(tmp_path / "a", curved, times_ns, compression="message")
+    (db3,) = (tmp_path / "a").glob("*.db3")
+    replaced_message(db3, zstandard.compress(bytes(2**24)))
+    replaced_message(db3, zstandard.compress(bytes(2**10))[:-3], number=101)
+    monkeypatch.setattr(unpacking, "MOST_CHUNK_BYTES", 2**20)
+    drive = only(tmp_path / "a")
+    assert len(drive.track.timestamps_us) == 398
+    assert [(drop.what, drop.count) for drop in drive.dropped] == [("messages", 2)]
+    assert "it unfolds to more than 1,048,576 bytes" in drive.dropped[0].reason
+
+
+def test_a_file_that_unfolds_beyond_any_recording_is_refused(curved, times_ns, tmp_path, monkeypatch):
+    import zstandard
+
+    write_bag(tmp_path / "a", curved, times_ns, compression="file")
+    (packed,) = (tmp_path / "a").glob("*.zstd")
+    whole = packed.read_bytes()
+    monkeypatch.setattr(unpacking, "_SMALLEST_LIMIT_BYTES", 2**20)
+    for content, message in (
+        (zstandard.compress(bytes(2**28)), r"unfolds to more than 1,\d{3},\d{3} bytes"),
+        (whole[: len(whole) // 2], r"lacks .* bytes|cannot be read as a bag"),
+        (b"none of this is zstd", "cannot be unpacked"),
+    ):
+        packed.write_bytes(content)
+        with pytest.raises(SourceError, match=message):
+            only(tmp_path / "a")
+    packed.write_bytes(whole)
+    monkeypatch.setattr(unpacking.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20 + 1000))
+    with pytest.raises(SourceError, match=r"more than the 1,000 bytes free for it; set TMPDIR"):
+        only(tmp_path / "a")
+    assert not list(Path(tempfile.gettempdir()).glob("alpacache-bag-*"))
+
+
+@pytest.mark.parametrize("damage", ["bomb", "flip"])
+def test_a_damaged_chunk_of_a_bag_of_ros_1_is_refused(curved, times_ns, tmp_path, monkeypatch, damage):
+    from rosbags.typesys import Stores, get_typestore
+
+    store, path = get_typestore(Stores.ROS1_NOETIC), tmp_path / "a.bag"
+    writer = rosbag1.Writer(path)
+    writer.set_compression(writer.CompressionFormat.BZ2)
+    with writer:
+        connections = {}
+        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=True):
+            if topic not in connections:
+                connections[topic] = writer.add_connection(topic, kind, typestore=store)
+            writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_ros1(value, kind))
+    if damage == "bomb":
+        monkeypatch.setattr(unpacking, "MOST_CHUNK_BYTES", 1000)
+    else:
+        whole = bytearray(path.read_bytes())
+        whole[whole.index(b"BZh") + 1000] ^= 4
+        path.write_bytes(whole)
+    with pytest.raises(SourceError, match=r"a\.bag cannot be read as a bag .*Copy it again"):
+        only(path)
 
 
 def test_packets_of_video_begin_at_a_key_frame(curved, times_ns, tmp_path):
