@@ -38,6 +38,7 @@ def check_out(out: Path) -> None:
     _check_name(out.absolute())
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; expected a directory.")
+    _check_parents(out)
     if _is_store(out):
         raise UsageError(f"--out {out}: {out} is a store; choose a directory outside of it.")
     _check_outside(out, "--out")
@@ -50,6 +51,10 @@ def check_file_out(out: Path) -> None:
         raise UsageError(f"--out {address} is no path; expected a file on a disk.")
     _check_name(out.absolute())
     _check_outside(out, "--out")
+    _check_parents(out)
+
+
+def _check_parents(out: Path) -> None:
     place = next(place for place in out.absolute().parents if place.exists())
     if not place.is_dir():
         raise UsageError(f"--out {out} cannot be made: {place} is a file. Name another place.")

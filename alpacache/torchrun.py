@@ -6,6 +6,8 @@ The only place that reads launchers' variables. It imports no torch, so that the
 import os
 from dataclasses import dataclass
 
+from alpacache.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchedProcess:
@@ -20,15 +22,21 @@ class LaunchedProcess:
 
 
 def this_process() -> LaunchedProcess:
-    """This process as torchrun started it; without torchrun the only one."""
-    return LaunchedProcess(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    """This process as torchrun started it; without torchrun the only one. Raises `UsageError` for half of a launch."""
+    given = {name: os.environ.get(name, str(alone)) for name, alone in _ALONE.items()}
+    rank, size, local_rank, local_size = (int(text) if text.isdecimal() else -1 for text in given.values())
+    is_whole = ("RANK" in os.environ) == ("WORLD_SIZE" in os.environ)
+    if not (is_whole and 0 <= rank < size and local_rank >= 0 and local_size > 0):
+        told = ", ".join(f"{name} is {os.environ[name][:40]!r}" for name in _ALONE if name in os.environ)
+        raise UsageError(
+            f"{told}, which is no process of a launch: torchrun sets {', '.join(_ALONE)} together. Start it with "
+            "torchrun, or unset them to run alone."
+        )
+    return LaunchedProcess(rank=rank, world_size=size, local_rank=local_rank, local_world_size=local_size)
 
 
+_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+"""torchrun's variables, and what they would be of a process alone."""
 _LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),

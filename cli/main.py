@@ -10,11 +10,13 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from alpacache.errors import UsageError
 from alpacache.interrupt import heard_requests
 
 from . import (
@@ -194,10 +196,12 @@ def _leave_at_once(message: str) -> None:
 
 def _fail(message: str, code: int) -> None:
     """Print a message and exit. Of torchrun's processes the first says an interruption, each says its own failure."""
-    from alpacache.torchrun import this_process
+    if code == INTERRUPTED:
+        from alpacache.torchrun import this_process
 
-    if code == INTERRUPTED and this_process().rank > 0:
-        raise SystemExit(code)
+        with suppress(UsageError):
+            if this_process().rank > 0:
+                raise SystemExit(code)
     if output.is_verbose():
         output.say(traceback.format_exc().rstrip())
     output.say(f"alpacache: {message}")

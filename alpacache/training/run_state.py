@@ -12,9 +12,10 @@ import numpy as np
 from pydantic import Field
 
 from alpacache import strict_json
-from alpacache.alpamayo.foreign_files import Count, Schema, Width, conform, read_json
+from alpacache.alpamayo.foreign_files import JSON_LIMIT_BYTES, Count, Schema, Width, conform
 from alpacache.durable import RUN
 from alpacache.errors import DataError, UsageError
+from alpacache.regular_file import lfs_pointer, read_regular
 from alpacache.training.run_names import name_of, step_of
 from cache_store.checksum import crc32c
 from cache_store.document import SEAL_KEY, check_seal, seal_bytes
@@ -174,10 +175,16 @@ def size_and_checksum(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, schema: type[Schema], remedy: str) -> dict[str, Any]:
     try:
-        value = read_json(path)
+        content = read_regular(path, limit_bytes=JSON_LIMIT_BYTES)
+        if pointer := lfs_pointer(content):
+            raise ValueError(pointer)
+        value = strict_json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
         if schema is not _State or value.get("format") != 1 or SEAL_KEY in value:
-            check_seal(path.read_bytes(), path.name)
+            check_seal(content, path.name)
         conform(schema, value, path.name)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {remedy}.") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).rstrip(".").split())
+        raise DataError(f"{path} cannot be read ({reason}); {remedy}.") from error
     return value

@@ -160,7 +160,12 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
     (tmp_path / "file").write_text("")
     (tmp_path / "store").mkdir()
     (tmp_path / "store/zarr.json").write_text('{"attributes":{"cache_store":{}}}')
-    for out, message in (("file", "is a file"), ("store", "is a store"), ("store/new", "is a store")):
+    for out, message in (
+        ("file", "is a file"),
+        ("file/new", "cannot be made: .*file is a file"),
+        ("store", "is a store"),
+        ("store/new", "is a store"),
+    ):
         with pytest.raises(UsageError, match=message):
             check_out(tmp_path / out)
     for address in ("s3://bucket/out", "https://user:word@host/out", "gs://user:word@host/out", "git+ssh://u:word@h/x"):

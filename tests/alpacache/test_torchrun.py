@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alpacache.errors import UsageError
 from alpacache.torchrun import LaunchedProcess, lone_task, this_process
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,28 @@ def test_a_process_knows_its_place(monkeypatch):
     for name, value in zip(NAMES, ("9", "16", "1", "8"), strict=True):
         monkeypatch.setenv(name, value)
     assert this_process() == LaunchedProcess(rank=9, world_size=16, local_rank=1, local_world_size=8)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "a", "WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+    ],
+)
+def test_half_of_a_launch_is_refused(monkeypatch, variables):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="no process of a launch") as error:
+        this_process()
+    assert all(f"{name} is {value!r}" in str(error.value) for name, value in variables.items())
 
 
 @pytest.mark.parametrize(
