@@ -28,7 +28,7 @@ ORDER = (
     ("alpacache.layer_choice", "alpacache.randomness"),
     ("alpacache.driving", "alpacache.gpu"),
     ("alpacache.config", "alpacache.durable"),
-    ("alpacache.directory_lock", "alpacache.hub"),
+    ("alpacache.directory_lock", "alpacache.hub", "alpacache.torchrun"),
     (
         "alpacache",
         "alpacache.errors",
@@ -38,7 +38,6 @@ ORDER = (
         "alpacache.progress",
         "alpacache.regular_file",
         "alpacache.strict_json",
-        "alpacache.torchrun",
     ),
     ("alpacache.masking", "cache_store"),
 )

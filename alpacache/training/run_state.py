@@ -180,7 +180,7 @@ def _read(path: Path, schema: type[Schema], remedy: str) -> dict[str, Any]:
             raise ValueError(pointer)
         value = strict_json.loads(content)
         if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError(f"it holds a {type(value).__name__}; expected a JSON object")
         if schema is not _State or value.get("format") != 1 or SEAL_KEY in value:
             check_seal(content, path.name)
         conform(schema, value, path.name)

@@ -93,7 +93,10 @@ def test_the_processor_is_qwen3_vls(model):
 
     for name in ("preprocessor_config", "video_preprocessor_config", "tokenizer_config"):
         assert json.loads((model / f"vlm/{name}.json").read_text())["processor_class"] == "Qwen3VLProcessor"
-    processor = AutoImageProcessor.from_pretrained(model / "vlm")
+    try:
+        processor = AutoImageProcessor.from_pretrained(model / "vlm")
+    except ImportError:
+        pytest.skip("image processors of this transformers need torchvision")
     pictures = [np.zeros((128, 256, 3), np.uint8)] * 2
     assert processor(images=pictures, return_tensors="np")["image_grid_thw"].tolist() == [[1, 8, 16]] * 2
 

@@ -207,7 +207,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, name):
     with pytest.raises(UsageError, match=rf"--only .*{re.escape(name)}.* (cannot be read|is not a readable)") as error:
         chosen(only=(str(tmp_path / name),))
     text = str(error.value)
-    assert (text.count(name), text.count("cannot be read") + text.count("is not a"), text.count("Errno")) == (1, 1, 0)
+    assert (text.count(name), text.count("cannot be read") + text.count("is not a readable"), text.count("Errno")) == (
+        1,
+        1,
+        0,
+    )
 
 
 def test_one_side_of_a_split_by_time_is_chosen():

@@ -500,9 +500,7 @@ def test_a_state_of_another_form_is_refused_with_file_and_key(tmp_path, content,
     del where[key]
     write_unsealed(path, state)
     name = f"settings.{key}" if where is not state else key
-    with pytest.raises(
-        DataError, match=rf"step-0000001/state\.json cannot be read \(state\.json: {name} is missing\)"
-    ):
+    with pytest.raises(DataError, match=rf"step-0000001/state\.json cannot be read \(state\.json: {name} is missing\)"):
         read_checkpoint(path)
 
 
