@@ -18,6 +18,7 @@ from alpacache.converters.unpacking import DAMAGED, unpacked
 
 MAGIC = b"#ROSBAG V2.0\n"
 _MESSAGE, _CHUNK, _CONNECTION = 2, 5, 7
+_DAMAGED: tuple[type[Exception], ...] = (*DAMAGED, struct.error, KeyError)
 
 
 class _Connection(NamedTuple):
@@ -89,7 +90,7 @@ class CutBagLog:
                     try:
                         inside = _unpacked(fields, data)
                         found = list(_messages(inside, connections))
-                    except (*DAMAGED, struct.error, KeyError) as error:
+                    except _DAMAGED as error:
                         why = f"{file.name}: the chunk at byte {place:,} is damaged ({error})"
                         self._lost.setdefault((number, place), Dropped(what="chunks", count=1, reason=why))
                         found = []

@@ -155,7 +155,7 @@ class _Ended(Exception):  # noqa: N818
         self.place = place
 
 
-_DAMAGED = (*DAMAGED, struct.error)
+_DAMAGED: tuple[type[Exception], ...] = (*DAMAGED, struct.error)
 """Errors that the library and its decompressors raise for bytes that are not theirs."""
 
 

@@ -102,7 +102,7 @@ def _keep_packed(reader: Any) -> bool:
     """
     if reader.is2:
         (storage, *_) = [one.storage for one in reader.readers]
-        is_packed = storage.metadata.compression_mode == "message"
+        is_packed: bool = storage.metadata.compression_mode == "message"
         if is_packed:
             storage.metadata = storage.metadata._replace(compression_mode=None)
         return is_packed
