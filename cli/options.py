@@ -27,7 +27,7 @@ _WIDEST_METAVAR = 18
 """Characters; wider ones would leave the help of a group less than half of 80 columns."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-_CONFIG_FILE = typer.Option(help="TOML file with any of the settings; options given here win.")
+_CONFIG_FILE = typer.Option(metavar=PLACE, help="TOML file with any of the settings; options given here win.")
 _ARGUMENTS = ("source", "kind", "input")
 """Settings without `--`."""
 _NUMBERS: Mapping[Any, tuple[str, Callable[[str], float]]] = {int: ("INTEGER", whole_number), float: ("FLOAT", number)}

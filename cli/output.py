@@ -25,6 +25,8 @@ _PLAIN_INTERVAL_S = 10.0
 _FILE_WIDTH = 120
 _SHORT = 24
 """Characters of a cell that is not folded."""
+_AT_RIGHT = 40
+"""Most characters of a cell that stands at the right, as numbers and intervals do."""
 _GAP = 2
 SHOWN = 12
 """Most rows of a table that may be long; JSON has all."""
@@ -171,7 +173,8 @@ def reason_lines(refused: Iterable[tuple[str, str, str]]) -> list[str]:
 def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[str] = ()) -> None:
     """Print a table on stdout, if it has rows; without heads the first column is a label. Data is never markup.
 
-    Short cells of a table with heads, as numbers are, stay whole however narrow the terminal is.
+    Short cells of a table with heads, as numbers are, stay whole however narrow the terminal is; sentences begin at the
+    left.
     """
     from rich.console import Console
     from rich.table import Table
@@ -195,7 +198,7 @@ def print_table(title: str, rows: Sequence[Sequence[str]], *, heads: Sequence[st
         width = max(width, sum((length or _SHORT) + _GAP for length in fixed))
     table = Table(title=Text(shown(title)), title_justify="left", show_header=bool(heads), box=None, pad_edge=False)
     for place, head in enumerate(names):
-        right, dim = place > 0 and heads, place == 0 and not heads
+        right, dim = place > 0 and heads and max(map(len, columns[place])) <= _AT_RIGHT, place == 0 and not heads
         justify: Literal["right", "left"] = "right" if right else "left"
         table.add_column(head, justify=justify, style="dim" if dim else None, overflow="fold", width=fixed[place])
     for row in cells:

@@ -44,6 +44,14 @@ def in_a_terminal(*arguments, **environment):
     return sent
 
 
+def test_sentences_of_a_table_begin_at_the_left_and_numbers_end_at_the_right(capsys):
+    reason = "where the film belongs in the log cannot be told from its turns, so say when its first frame was taken"
+    output.print_table("dropped", [["1", "7.25", reason], ["12", "141.50", "too short"]], heads=["number", "s", "why"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["number       s  why", "1         7.25  " + reason[:103]]
+    assert lines[-1] == "12      141.50  too short"
+
+
 PREPARE = ("prepare", "synthetic:2", "--frames", "1")
 
 
