@@ -115,9 +115,15 @@ def film_drives(
             (0, "its own") if log == film and film_start is None else (_film_start(film, film_start, fixes, paths))
         )
         times_us = start_us + shown
+        if not any(_reaches(times_us, path) for path in paths):
+            since, until = (_clock(rows_us[at], fixes.absolute) for at in (0, -1))
+            raise UnusableError(
+                f"the film, {clock}, does not reach into its log from {since} to {until}; a time in UTC is that of one "
+                "film, seconds after the log's first row may be those of every film in a folder (--film-start)"
+            )
     for number, path in enumerate(paths):
-        first, last = np.searchsorted(times_us, [path.times_us[0], path.times_us[-1]], side="left")
-        if film is not None and last - first < 2:
+        first, last = _shown_within(times_us, path)
+        if film is not None and not _reaches(times_us, path):
             reason = (
                 f"the film does not reach into the log's stretch from {_clock(path.times_us[0], fixes.absolute)} on"
             )
@@ -125,9 +131,7 @@ def film_drives(
             continue
         yield LoggedDrive(
             name=log.stem if len(paths) == 1 else f"{log.stem}-{number + 1}",
-            cameras={}
-            if film is None
-            else {FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=int(first))},
+            cameras={} if film is None else {FRONT_CAMERA: Film(path=film, times_us=times_us[first:last], first=first)},
             track=Track(timestamps_us=path.times_us, xyz=path.xyz, quaternion_xyzw=yaw_quaternions(path.yaw_rad)),
             point="antenna" if has_places else "rear axle",
             dropped=() if film is not None else (poses_alone(f"no film is beside {log.name}"),),
@@ -188,6 +192,17 @@ def _motion_of(fixes: Fixes, vehicle: Fixes | None) -> VehicleMotion | None:
         yaw_rate=source.values[turning][rows],
         steering=turning == "steering",
     )
+
+
+def _shown_within(times_us: NDArray[np.int64], path: SmoothPath) -> tuple[int, int]:
+    """First of the frames that are shown while a path is driven, and the first behind them."""
+    first, last = np.searchsorted(times_us, [path.times_us[0], path.times_us[-1]], side="left").tolist()
+    return first, last
+
+
+def _reaches(times_us: NDArray[np.int64], path: SmoothPath) -> bool:
+    first, last = _shown_within(times_us, path)
+    return last - first >= 2
 
 
 def _film_start(film: Path, written: str | None, fixes: Fixes, paths: Sequence[SmoothPath]) -> tuple[int, str]:

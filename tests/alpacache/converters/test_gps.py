@@ -124,6 +124,18 @@ def test_a_date_and_the_containers_times_place_a_film(folder):
         list(drives(folder, film_start="noon"))
 
 
+def test_one_date_for_a_folder_of_films_leaves_out_those_that_it_is_not_of(folder):
+    (folder / "later.mp4").write_bytes((folder / "drive.mp4").read_bytes())
+    times, way, yaw, speed, _ = drive()
+    later = csv_text(BEGAN_S + 600 + times, way, {"speed": speed, "course": course_of(yaw)})
+    (folder / "later.csv").write_text(later)
+    at = datetime.fromtimestamp(BEGAN_S + 5, UTC).isoformat()
+    found, dropped = drives(folder, film_start=at)
+    assert (found.name, dropped.what, dropped.count) == ("drive", "drives", 1)
+    assert "later.mp4: the film, first frame at" in dropped.reason
+    assert "seconds after the log's first row may be those of every film in a folder" in dropped.reason
+
+
 def refused(folder, times, way, columns, **options):
     (folder / "drive.csv").write_text(csv_text(times, way, columns))
     found = list(drives(folder, film_start="3.35", **options))
