@@ -50,12 +50,12 @@ REACHES_PX_M: Floats = np.geomspace(10, 6000, 96)
 MIN_MARGIN = 0.1
 """Least margin by which the likeness of both pictures must be greater one way than the other."""
 BACKWARDS = 0.8
-MIN_LIKENESS, MIN_PROMINENCE = 0.4, 0.2
+MIN_LIKENESS, MIN_PROMINENCE = 0.25, 0.2
 STEADY = 1.25
 """Most by which the best fit may change when any eighth of the steps is left out."""
 PARTS = 8
-LOW_M, HIGH_M = 0.6, 3.2
-"""Heights of cameras on cars, vans and lorries, with some room for error."""
+LOW_M, HIGH_M = 0.8, 3.2
+"""Heights of cameras behind windscreens and on roofs of cars, vans and lorries, with some room for error."""
 LOW_PX_M, HIGH_PX_M = 70.0, 800.0
 """The same times focal lengths, for pictures that are 50 to 120 degrees wide."""
 USUAL_FOCAL_PX = 175.0
@@ -121,7 +121,7 @@ def flow_of(glimpses: Sequence[Glimpse]) -> Flow | None:
         for horizon in HORIZONS
     ]
     margins = [_margins(shares) * np.sign(moved_m) for shares, _ in tables]
-    seen = max(margins, key=lambda margin: abs(float(margin.mean())))
+    seen = max(margins, key=lambda margin: float(np.abs(margin).mean()))  # whichever way: some may run backwards
     clear = np.abs(seen) > MIN_MARGIN
     each = Counter(step.clip_id for step, told in zip(steps, clear, strict=True) if told)
     away = Counter(step.clip_id for step, told in zip(steps, clear & (seen < 0), strict=True) if told)
@@ -232,9 +232,9 @@ def judge_scale(flow: Flow | None, focal_px: float | None) -> Check:
         finding += ", if the picture is 72 degrees wide"
     if low <= height_m <= high:
         return verdict("scale", finding)
-    size, times = ("large", height_m / 1.6) if height_m > high else ("small", 1.6 / height_m)
+    size, times, place = ("large", height_m / 1.6, "high") if height_m > high else ("small", 1.6 / height_m, "low")
     remedy = (
         f"From a car's height positions would be some {times:.1f} times too {size}: is it km/h taken for m/s "
-        "(3.6 times), feet (3.3 times), or the other way round? Or does the camera stand on something high?"
+        f"(3.6 times), feet (3.3 times), or the other way round? Or is the camera mounted that {place}?"
     )
     return verdict("scale", finding, warn=remedy)

@@ -22,6 +22,7 @@ from alpacache.sources.prepared_rows import (
     NEEDED,
     POSES,
     ROUTE,
+    T0,
     changes_in,
     check_columns,
     features,
@@ -41,14 +42,15 @@ class StreamedRows:
 
         Only its parquet reader knows `columns`, so a repository in any other format is refused by the first line.
         """
-        ids = _files(place, ["sample_id", CHANGES])
+        ids = _files(place, ["sample_id", CHANGES, T0])
         there = [CHANGES in (file.column_names or ()) for file in ids]
-        if not any(there):
-            ids = _files(place, ["sample_id"])
-        elif not all(there):
+        if any(there) and not all(there):
             raise SourceError(f"{place}: {MIXED}.")
-        self.place = place
-        whole = _files(place, NEEDED)
+        timed = all(T0 in (file.column_names or ()) for file in ids)
+        if not (all(there) and timed):
+            ids = _files(place, ["sample_id", *([CHANGES] if all(there) else [])])
+        self.place, self._columns = place, (*NEEDED, *([T0] if timed else []))
+        whole = _files(place, self._columns)
         for file in whole:
             check_columns(file.column_names or (), place)
         poses = _files(place, ["sample_id", *POSES])
@@ -62,7 +64,7 @@ class StreamedRows:
     @cached_property
     def has_routes(self) -> bool:
         """True if there is a column of routes; from then on it is read with the others. To be asked before any row."""
-        whole = _files(self.place, (*NEEDED, ROUTE))
+        whole = _files(self.place, (*self._columns, ROUTE))
         there = all(ROUTE in (file.column_names or ()) for file in whole)
         if there:
             self._whole = Cursor(whole, lengths=self._lengths)

@@ -7,6 +7,7 @@ import pytest
 from alpacache.checks.film import look_at_film
 from alpacache.checks.flow import Flow, flow_of, judge_scale
 from alpacache.checks.motion import motion_of
+from alpacache.checks.order import judge_order
 from alpacache.checks.source import check_source
 from alpacache.driving.cameras import FRONT_CAMERA
 from alpacache.sources.synthetic import SyntheticSource
@@ -23,6 +24,19 @@ def test_the_flow_measures_focal_length_times_height(seed):
     assert flow.reach_px_m == pytest.approx(lens["fx"] / 320 * 256 * lens["position_m"][2], rel=0.25)
     assert (flow.backwards, flow.clips_against) == (0, ())
     assert flow.steps >= 10
+
+
+def test_moments_in_reverse_are_seen_among_others():
+    source = SyntheticSource(1, seed=3, size=(320, 160))
+    clip = source.clip_ids[0]
+    glimpses = look_at_film(source, clip, motion_of(source.track(clip)), number=0, clips=1).glimpses
+    turned = [replace(each, pictures=each.pictures[::-1]) for each in glimpses[::2]]
+    whole, mixed = flow_of(glimpses), flow_of([*turned, *glimpses[1::2]])
+    assert mixed.steps >= 0.8 * whole.steps
+    assert 0.3 * mixed.steps < mixed.backwards < 0.7 * mixed.steps
+    check = judge_order(mixed, [], 40, as_text=None)
+    assert check.status == "warn"
+    assert "the road goes away in place of coming nearer at" in check.found
 
 
 def scaled(source, factor):
@@ -61,6 +75,8 @@ def test_verdicts():
     assert judge_scale(replace(flow, reach_px_m=1080.0), 200.0).status == "warn"
     assert "3.4 times too large" in judge_scale(replace(flow, reach_px_m=1080.0), 200.0).remedy
     assert judge_scale(replace(flow, reach_px_m=83.0), 200.0).status == "warn"
+    halved = judge_scale(replace(flow, reach_px_m=150.0), 200.0)  # a camera behind a windscreen, positions times 0.5
+    assert (halved.status, "2.1 times too small" in halved.remedy) == ("warn", True)
     assert judge_scale(replace(flow, reach_px_m=83.0), None).status == "ok"  # of a picture of 120 degrees
     assert judge_scale(replace(flow, reach_px_m=60.0), None).status == "warn"
     assert "1.7 m above, if the picture is 72 degrees wide" in judge_scale(flow, None).found

@@ -70,7 +70,7 @@ def test_16_bit_grey_is_refused():
 
 
 def test_each_kind_has_its_own_decoder():
-    with pytest.raises(BadClipError, match="here: no readable JPEG image") as error:
+    with pytest.raises(BadClipError, match=r"here: no readable JPEG image") as error:
         read_image(encoded(Image.fromarray(PIXELS), "PNG"), "JPEG", where="here")
     assert error.value.kind == "undecodable_video"
 
@@ -102,3 +102,37 @@ def test_a_small_picture_is_enough(tmp_path):
             assert small.shape == (width // 2, width, 3)
             np.testing.assert_allclose(small[:, :: width // 16][5, ::turn, 1], np.arange(0, 240, 15), atol=16)
     assert read_image(encoded(wide, "PNG"), "PNG", where="here", about_px=1).shape == (320, 640, 3)
+
+
+def noise(height=64, width=96):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("about_px", [None, 24])
+def test_a_png_that_is_damaged_is_refused(about_px):
+    whole = encoded(noise(), "PNG").getvalue()
+    for damaged in (whole[: len(whole) // 2], whole[:2000] + bytes(100) + whole[2100:]):
+        with pytest.raises(BadClipError, match="here: no readable PNG image") as error:
+            read_image(io.BytesIO(damaged), "PNG", where="here", about_px=about_px)
+        assert error.value.kind == "undecodable_video"
+
+
+@pytest.mark.parametrize("about_px", [None, 24])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": Image.Exif()}])
+def test_a_jpeg_that_was_cut_off_is_refused_however_it_ends(about_px, options):
+    thumbnail = encoded(noise(16, 16), "JPEG").getvalue()
+    whole = encoded(noise(), "JPEG", comment=thumbnail, **options).getvalue()
+    scan = whole.index(b"\xff\xda", whole.index(thumbnail) + len(thumbnail))
+    half = whole[: (scan + len(whole)) // 2]
+    ends = [b"", bytes(len(whole)), b"\xff\xd9"]
+    for end in ends[: 2 if options.get("progressive") else 3]:  # a progressive one lacks detail, but no pixels
+        with pytest.raises(BadClipError, match=r"here: no readable JPEG image .*(cut off|truncated)"):
+            read_image(io.BytesIO(half + end), "JPEG", where="here", about_px=about_px)
+    read_image(io.BytesIO(whole + bytes(999)), "JPEG", where="here", about_px=about_px)
+
+
+def test_grey_pictures_and_grey_corners_are_whole():
+    pixels = np.asarray(noise()).copy()
+    pixels[32:, 48:] = 128
+    for image in (Image.fromarray(pixels), Image.new("L", (16, 8), 128), Image.new("RGB", (2, 1), (128, 128, 128))):
+        assert (read_image(encoded(image, "JPEG"), "JPEG", where="here")[-1, -1] == 128).all()

@@ -447,3 +447,14 @@ def test_a_repository_that_cannot_be_reached_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"HF_HUB_OFFLINE is set: unset it, or .*hf download who/what"):
         open_source("hf:who/what")
+
+
+def test_a_time_that_contradicts_the_id_is_refused(saved, tmp_path):
+    rows = load_from_disk(str(saved))
+    late = rows.map(lambda row: {"t0_us": row["t0_us"] + 100_000 * (row["sample_id"] == rows[0]["sample_id"])})
+    late.to_parquet(str(tmp_path / "a.parquet"))
+    source = open_source(f"hf:{tmp_path}")
+    with pytest.raises(BadClipError, match=r"the row's t0_us is .*, its id says") as error:
+        load(source, source.sample_refs[0])
+    assert error.value.kind == "time_order"
+    assert load(source, source.sample_refs[1]).ref == source.sample_refs[1]
