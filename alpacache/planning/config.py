@@ -219,7 +219,7 @@ class PlanConfig(StoredConfig, NewExpertConfig):
     store: Place | None = None
     """Place of the store to be: for free space and, with `probe`, the disk's speed."""
     gpu: Name = MEASURED
-    """`h100`, `h200`, `a100`, `l40s`, `a6000`, `5090`, `4090` or `3090`."""
+    """`h100`, `h200`, `a100`, `l40s`, `a6000`, `5090`, `4090`, `3090`, `4080`, `4070`, `3060` or `4060`."""
     probe: bool = False
     """Measure this disk, and this GPU if there is one, for up to 30 s, and count CPU cores, instead of assuming."""
 

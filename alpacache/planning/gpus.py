@@ -22,8 +22,8 @@ class Gpu:
     memory_gb: float
     """Size that the card is named by; about as many GiB."""
     bus_gb_s: float = 25.0
-    """Rate between RAM and the card, each way, both at once, in 10^9 bytes a second: PCIe 4.0 with 16 lanes. PCIe 5.0
-    counts as 50 (page-locked samples reach an H100 at 54)."""
+    """Rate between RAM and the card, each way, both at once, in 10^9 bytes a second: PCIe 4.0 with 16 lanes, half of it
+    with 8. PCIe 5.0 counts as 50 (page-locked samples reach an H100 at 54)."""
 
 
 MEASURED = "h100"
@@ -37,6 +37,10 @@ GPUS: Mapping[str, Gpu] = {
     "5090": Gpu(name="GeForce RTX 5090", tflops=209.5, memory_gb_s=1792, memory_gb=32, bus_gb_s=50),
     "4090": Gpu(name="GeForce RTX 4090", tflops=165.2, memory_gb_s=1008, memory_gb=24),
     "3090": Gpu(name="GeForce RTX 3090", tflops=71, memory_gb_s=936, memory_gb=24),
+    "4080": Gpu(name="GeForce RTX 4080", tflops=97.5, memory_gb_s=717, memory_gb=16),
+    "4070": Gpu(name="GeForce RTX 4070", tflops=58.3, memory_gb_s=504, memory_gb=12),
+    "3060": Gpu(name="GeForce RTX 3060 12GB", tflops=25.5, memory_gb_s=360, memory_gb=12),
+    "4060": Gpu(name="GeForce RTX 4060", tflops=30.2, memory_gb_s=272, memory_gb=8, bus_gb_s=12.5),
 }
 
 

@@ -203,5 +203,8 @@ def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:
     if (batch := min(work.batch_size - 1, spare // row_pair)) >= 1:
         return f"Lower --batch-size to {batch}, or raise --memory-budget."
     if work.trainable == "all":
-        return "Use --trainable lora (about a third of the memory), or raise --memory-budget."
+        return (
+            "Use --trainable lora (about a third of the memory) or, from scratch, a smaller expert; or raise "
+            "--memory-budget."
+        )
     return "Raise --memory-budget, or train on shorter prefixes (fewer cameras)."

@@ -180,7 +180,9 @@ def test_guidance_mixes_the_velocities_with_and_without_the_route(judged, store,
         assert np.allclose(found[3.0][result.sample_id], xyz, atol=0.02)
 
 
-def test_guidance_that_cannot_be_is_refused(store, tiny_checkpoint_15, rollout_stores, tiny_checkpoint, tmp_path):
+def test_guidance_that_cannot_be_is_refused(
+    store, tiny_checkpoint_15, rollout_stores, tiny_checkpoint, tmp_path, monkeypatch
+):
     settings = {"out": str(tmp_path / "out"), "guidance": 3.0, "device": "cpu"}
     with pytest.raises(UsageError, match="was extracted without routes, so none can guide"):
         alpacache.evaluate(
@@ -188,3 +190,8 @@ def test_guidance_that_cannot_be_is_refused(store, tiny_checkpoint_15, rollout_s
         )
     with pytest.raises(UsageError, match="swap_route and control compare paths that nothing guides"):
         alpacache.evaluate(EvalConfig(store=str(store), model=str(tiny_checkpoint_15), swap_route=True, **settings))
+    monkeypatch.setattr(CachedDataset, "routed", True)
+    with pytest.raises(UsageError, match=r"rollouts are stored with it alone\. Pass --reasoning none"):
+        alpacache.evaluate(
+            EvalConfig(store=str(rollout_stores["bf16"]), model=str(tiny_checkpoint), paths=3, **settings)
+        )
