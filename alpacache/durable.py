@@ -27,7 +27,12 @@ from cache_store.storage.local_files import FULL, flush, write_flushed
 _CONTENT, _MOVING, _INSIDE, _PROBE = "content", "moving.json", ".writing", ".writing-probe"
 RUN = "run.json"
 """Name of the file by which a directory is known as a training run's."""
-_NOT_COUNTED = {_INSIDE, _PROBE, LOCK, "lost+found"}
+_OWN = {_INSIDE, _PROBE, LOCK}
+_OF_SYSTEMS = re.compile(
+    r"lost\+found|\.nfs\w+|\.snapshots?|\.Trash(es|-\d+)|\.DS_Store|\.Spotlight-V100|\.fseventsd|\$RECYCLE\.BIN"
+    r"|System Volume Information"
+)
+"""What file systems, network disks and desktops put into directories: one that holds nothing else is empty."""
 
 
 def check_out(out: Path) -> None:
@@ -130,7 +135,11 @@ def check_results_out(out: Path, *, what: str, names: Sequence[str], main: str, 
 
 def names_in(out: Path) -> list[str]:
     """Sorted names in a directory, without what file systems and killed processes leave there; none if it is absent."""
-    return sorted({path.name for path in out.iterdir()} - _NOT_COUNTED) if out.is_dir() else []
+    return sorted(path.name for path in out.iterdir() if _counts(path.name)) if out.is_dir() else []
+
+
+def _counts(name: str) -> bool:
+    return name not in _OWN and not _OF_SYSTEMS.fullmatch(name)
 
 
 def has_marks(run: Path) -> bool:
@@ -245,7 +254,7 @@ def _moves(note: Path, names: Collection[str] | None) -> list[str]:
         if not isinstance(moves, list):
             raise ValueError("its moves are no list")
         for name in moves:
-            known = name not in _NOT_COUNTED if names is None else name in names
+            known = _counts(name) if names is None else name in names
             if not known or name in ("", ".", "..") or set(name) & {"/", "\0"}:
                 raise ValueError(f"{name!r} is no name of a file that this command writes")
     except (ValueError, LookupError, TypeError) as error:

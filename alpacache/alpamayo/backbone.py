@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -394,7 +395,9 @@ def refusing(where: object) -> Iterator[None]:
     except AlpacacheError:
         raise
     except Exception as error:  # it raises bare exceptions of many kinds, `KeyError` for an activation's name
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = re.sub(r"\b\w*(?:Error|Exception): ", "", " ".join(str(error).split()))
+        if isinstance(error, KeyError) or not told:
+            told = f"{told} is not known".strip()
         raise CheckpointError(f"{where} does not describe a model that can be built ({told[:300]}).") from error
 
 

@@ -147,7 +147,7 @@ def _told(problem: ErrorDetails) -> str:
     key = ".".join(repr(part)[1:-1] if isinstance(part, str) else str(part) for part in problem["loc"])[:120]
     if problem["type"] == "missing":
         return f"{key} is missing"
-    message = re.sub(" or instance of _\\w+$", "", problem["msg"].removeprefix("Value error, "))
+    message = re.sub(" or instance of \\w+$", "", problem["msg"].removeprefix("Value error, "))
     message = message.replace("Input should be", "expected").replace("dictionary", "JSON object")
     shown = "" if problem["type"] == "value_error" else f", not {reprlib.repr(problem['input'])}"
     return f"{key or 'the file'}: {message}{shown}"

@@ -191,6 +191,15 @@ def test_a_place_for_results_is_a_directory_on_a_disk_outside_of_stores(tmp_path
     take_back(tmp_path / "new")
 
 
+def test_what_systems_leave_in_a_directory_does_not_count(tmp_path):
+    for name in ("lost+found", ".nfs0000a1", ".Trash-1000", ".DS_Store", "System Volume Information", "lock"):
+        (tmp_path / name).mkdir()
+    assert names_in(tmp_path) == []
+    for name in (".Trash-mine", "DS_Store", ".nfs", "x.lost+found"):
+        (tmp_path / name).mkdir()
+    assert names_in(tmp_path) == [".Trash-mine", ".nfs", "DS_Store", "x.lost+found"]
+
+
 def test_an_empty_directory_keeps_its_mode_and_whoever_works_in_it(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

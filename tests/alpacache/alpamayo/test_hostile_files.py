@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from alpacache.alpamayo import Checkpoint, load_expert, load_vlm
-from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.backbone import geometry_of, refusing
 from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.alpamayo.foreign_files import read_header
 from alpacache.alpamayo.inputs import InputBuilder
@@ -153,7 +153,7 @@ def test_any_value_anywhere_in_the_json_files(model, super_model, data, place, v
         ("config.json", (), [], "config.json holds a list; expected a JSON object"),
         ("vlm/config.json", ("text_config",), 3, "vlm/config.json: text_config: .*, not 3"),
         ("vlm/config.json", ("text_config", "hidden_size"), None, "vlm/config.json .*hidden_size"),
-        ("vlm/config.json", ("text_config", "hidden_act"), "nope", "KeyError: 'nope'"),
+        ("vlm/config.json", ("text_config", "hidden_act"), "nope", "'nope' is not known"),
         ("vlm/config.json", ("text_config", "intermediate_size"), 2**20, r"misshapen .*mlp\.down_proj"),
         ("vlm/config.json", ("model_type",), ["x" * 5000] * 500, "vlm/config.json: model_type is "),
         ("vlm/config.json", ("image_token_id",), 5, r"vlm/config.json: image_token_id is 5; the tokenizer's .* is \d+"),
@@ -441,3 +441,13 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(model, monkeypatc
         assert devices == [torch.device("meta")]
     finally:
         (model / "vlm/config.json").write_text(original)
+
+
+def test_what_transformers_raises_is_told_without_the_names_of_exceptions():
+    for error, told in (
+        (RuntimeError("StrictFieldError: field 'a':\n TypeError: expected int"), "field 'a': expected int"),
+        (KeyError("gelux"), "'gelux' is not known"),
+    ):
+        text = rf"^config\.json does not .* be built \({told}\)\.$"
+        with pytest.raises(CheckpointError, match=text), refusing("config.json"):
+            raise error
