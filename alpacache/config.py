@@ -17,7 +17,8 @@ from datetime import date
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -133,7 +134,7 @@ class Config:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        for name, (written, check) in _checks(type(self)).items():  # type: ignore[arg-type]
+        for name, (written, check, has_parts) in _checks(type(self)).items():  # type: ignore[arg-type]
             given = value = getattr(self, name)
             if isinstance(value, list):
                 value = tuple(value)
@@ -142,7 +143,8 @@ class Config:
             # TOML and the command line have text, or a list or a table of texts, for a value of several parts.
             texts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else (value,)
             try:
-                if written is not None and all(isinstance(text, str) for text in texts):
+                is_text = isinstance(value, str) or (has_parts and all(isinstance(text, str) for text in texts))
+                if written is not None and is_text:
                     value = written.read(value)
                 value = check(value)
             except UsageError:
@@ -217,14 +219,27 @@ def to_toml(config: Config, *, mask: bool = False) -> str:
 
 
 @cache
-def _checks(kind: type) -> Mapping[str, tuple[Written | None, Callable[[Any], Any]]]:
-    """For each field: how it is written, and what returns a value or raises pydantic's error."""
+def _checks(kind: type) -> Mapping[str, tuple[Written | None, Callable[[Any], Any], bool]]:
+    """For each field: how it is written, what returns a value or raises pydantic's error, and whether it has parts."""
     from pydantic import ConfigDict, TypeAdapter
 
     rules = ConfigDict(strict=True, allow_inf_nan=False)
     hints = get_type_hints(kind, include_extras=True)
     names = [field.name for field in dataclasses.fields(kind)]
-    return {name: (written_as(hints[name]), TypeAdapter(hints[name], config=rules).validate_python) for name in names}
+    return {
+        name: (written_as(hint), TypeAdapter(hint, config=rules).validate_python, _has_parts(hint))
+        for name, hint in hints.items()
+        if name in names
+    }
+
+
+def _has_parts(hint: Any) -> bool:
+    """Tell whether a tuple or a mapping is among what a field takes."""
+    kind = get_origin(hint) or hint
+    if isinstance(kind, type) and issubclass(kind, (tuple, Mapping)):
+        return True
+    inner = get_args(hint)[:1] if kind is Annotated else get_args(hint) if kind in (Union, UnionType) else ()
+    return any(map(_has_parts, inner))
 
 
 _SHOWN = 200

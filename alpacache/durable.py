@@ -125,12 +125,11 @@ def check_results_out(out: Path, *, what: str, names: Sequence[str], main: str, 
             "directory, or remove what is there."
         )
     place = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise UsageError(f"--out {out} cannot be made: {place} is a file. Name another directory.")
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise UsageError(f"--out {out}: nothing can be written there ({error}); name another directory.") from error
+        why = error.strerror or error
+        raise UsageError(f"--out {out}: nothing can be written there ({why}); name another directory.") from error
 
 
 def names_in(out: Path) -> list[str]:

@@ -109,9 +109,10 @@ class _WeightsAndBiases:
                 dir=str(run),
                 config={"toml": config_toml},
             )
-        except wandb.Error as error:  # no key, no network
+        except (wandb.Error, OSError, ValueError) as error:  # no key, no network; a setting from outside that is none
+            why = " ".join(str(error).split()).partition(" [type=")[0]
             raise UsageError(
-                f"Weights & Biases cannot track this run ({' '.join(str(error).split())}). Run `wandb login` (or set "
+                f"Weights & Biases cannot track this run ({why}). Run `wandb login` (or set "
                 "WANDB_API_KEY), set WANDB_MODE=offline to keep its files here, or pass --track tensorboard."
             ) from error
         note.write_text(run_id + "\n")

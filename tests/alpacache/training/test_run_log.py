@@ -66,12 +66,12 @@ for step in (1, 2):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("key", ["offline", "no key"])
+@pytest.mark.parametrize("key", ["offline", "no key", "nonsense"])
 def test_the_library_itself_tracks_offline_and_asks_for_a_key(tmp_path, key):
     """In a process of its own: the library has one of its own, too."""
     pytest.importorskip("wandb")
     settings = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    settings |= {"HOME": str(tmp_path), "WANDB_SILENT": "true"} | ({"WANDB_MODE": key} if key == "offline" else {})
+    settings |= {"HOME": str(tmp_path), "WANDB_SILENT": "true"} | ({} if key == "no key" else {"WANDB_MODE": key})
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-c", TRACK, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, stdin=subprocess.DEVNULL)
