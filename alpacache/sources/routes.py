@@ -33,7 +33,8 @@ class RouteFile:
         try:
             entries = strict_json.loads(read_regular(Path(path), limit_bytes=MOST_FILE_BYTES))
         except (OSError, ValueError) as error:
-            raise SourceError(f"--route-file {path} cannot be read ({error}).") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise SourceError(f"--route-file {path} cannot be read ({reason}).") from error
         if not isinstance(entries, list) or not entries:
             raise SourceError(f"--route-file {path}: expected a list of objects with {', '.join(_KEYS)}.")
         self.path = path

@@ -207,7 +207,7 @@ def test_what_is_of_no_use_is_refused_before_anything_is_read(tmp_path):
     Routes("none", source, file=file, t0="routes")
     with pytest.raises(UsageError, match="give the file that names the moments"):
         select(source, t0="routes")
-    with pytest.raises(SourceError, match="cannot be read"):
+    with pytest.raises(SourceError, match=r"absent\.json cannot be read \(No such file or directory\)"):
         RouteFile(str(tmp_path / "absent.json"))
 
 
