@@ -160,7 +160,7 @@ def measured(driver: Driver, plan: Plan, cameras: int, paths: int, flow_steps: i
     whole = timed(call, calls, 0)
     asked = _allocations() - before
     seen = driver.look(made.frames, made.times_us, track_of(made), cameras=made.cameras)
-    builder, vlm = driver._builder, driver._vlm
+    builder, vlm = driver.observer._builder, driver.observer._vlm
 
     def pictures() -> None:
         sample = moment_of(
@@ -168,7 +168,7 @@ def measured(driver: Driver, plan: Plan, cameras: int, paths: int, flow_steps: i
             made.times_us,
             track_of(made),
             cameras=made.cameras,
-            count=driver.frames,
+            count=driver.observer.frames,
             t0_us=None,
             route=None,
             name="drive",

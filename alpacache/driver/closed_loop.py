@@ -187,25 +187,26 @@ def drive_roads(
         raise ValueError(f"follow is {follow!r} and seconds {seconds:g}; expected first or mean, and 2 to 20.")
     drives = [_begun(road) for road in roads]
     steps = range(HISTORY_STEPS - 1, round(seconds / DT_S), REPLAN_STEPS)
-    routed = driver.takes_routes
-    render = _Renderer(cameras, frames=driver.frames)
+    observer = driver.observer
+    routed = observer.takes_routes
+    render = _Renderer(cameras, frames=observer.frames)
     for done, step in enumerate(steps):
         going, samples = [], []
         for number, drive in enumerate(drives):
             if drive.lost:
                 continue
             try:
-                sample = _moment(drive, step, render, cameras=cameras, frames=driver.frames, routed=routed)
+                sample = _moment(drive, step, render, cameras=cameras, frames=observer.frames, routed=routed)
             except BadClipError:  # it moves as no car can
                 drive.lost = True
                 continue
             if number < pictures:
                 drive.pictures[step] = sample.frames[sample.cameras.index(cameras[0]), -1]
             going.append(drive)
-            samples.append(with_blank(sample, driver.blank))
+            samples.append(with_blank(sample, observer.blank))
         if not going:
             break
-        seen = driver.see_together(samples, [drive.track for drive in going])
+        seen = observer.see_together(samples, [drive.track for drive in going])
         for drive, ahead in zip(
             going, driver.paths_together(seen, paths=paths, flow_steps=flow_steps, seed=seed), strict=True
         ):

@@ -7,8 +7,8 @@ them: from the same noise, a moment gives the paths that `eval` predicts for it.
 all flow steps are one CUDA graph, and memory is asked for while the first call of a kind warms up, not in later ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,35 +17,32 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import ROUTE_TOKENS
 from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, PrefixRows
-from alpacache.driver.moment import moment_of, pose_at, track_of_poses
+from alpacache.driver.moment import pose_at, track_of_poses
+from alpacache.driver.observer import FRAMES, Observer, SeenMoment, as_stored
 from alpacache.driver.weights import open_vlm
 from alpacache.driving.cameras import (
     changes_of,
-    check_blank,
     full_camera_name,
     prompt_marks,
     recorded_and_blank,
     sort_cameras,
 )
 from alpacache.driving.poses import Track
-from alpacache.driving.sample import STEP_US, Floats, Sample
+from alpacache.driving.sample import STEP_US, Floats
 from alpacache.errors import DeviceMemoryError, NonFiniteError, UsageError
 from alpacache.gpu.device import cap_memory, enter, has_kernels, resolve_device
 from alpacache.inference.prediction import ActionSampler, after_rollouts, eval_noise, sampled, to_paths
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.prefix import PrefixFeatures, Tail
-from alpacache.sources.blank import with_blank
 from alpacache.training.trained_expert import find_trained, load_trained
 
 if TYPE_CHECKING:
-    from alpacache.alpamayo import ActionExpert, FrozenVLM
+    from alpacache.alpamayo import ActionExpert
 
-FRAMES = 4
-"""Frames of each camera that the public models see."""
 MOST_FRAMES = 4
 _KEPT_GRAPHS = 4
 """Combinations of paths and flow steps that a driver keeps ready."""
@@ -78,32 +75,18 @@ class DrivenPaths:
         return xyz, self.rotation @ self.rot.astype(np.float64)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeenMoment:
-    """A moment that the VLM has seen: what every expert on it can drive from."""
-
-    sample: Sample
-    inputs: VLMInputs
-    prefix: PrefixFeatures
-    """The prefix as the VLM computed it, still on its device."""
-    track: Track
-
-
 class Driver:
-    """A model that drives: the frozen VLM and one expert. Calls must come from one thread at a time.
+    """A model that drives: an observer, and one expert that plans from what it sees.
 
-    `alongside` makes further drivers that share the VLM, so that one look serves several experts.
+    Calls must come from one thread at a time. `alongside` makes further drivers of the same observer, so that one look
+    serves several experts.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        vlm: "FrozenVLM",
-        builder: InputBuilder,
+        observer: Observer,
         expert: "ActionExpert",
         *,
-        frames: int = FRAMES,
-        blank: Sequence[str] = (),
         capture: bool = True,
         compiled: bool = False,
         trained: Mapping[str, Any] | None = None,
@@ -111,64 +94,40 @@ class Driver:
     ) -> None:
         """
         Args:
-            frames: of each camera that the model sees, 0.1 s apart.
-            blank: cameras that black pictures stand in for.
+            observer: the frozen VLM, its prompt, and the cameras that it sees.
+            expert: on the VLM's device.
             capture: on a GPU, replay flow steps as a CUDA graph; the same kernels without.
             compiled: on a GPU, let torch.compile fuse the small operations of the expert's layers.
             trained: record of the checkpoint's files that the expert has in it.
             changes: what was done to the pictures that a run was trained on since they were recorded; None: unknown.
         """
-        self.checkpoint, self.frames, self.blank = checkpoint, frames, tuple(blank)
+        self.observer, self.checkpoint = observer, observer.checkpoint
         self.trained, self.changes = trained, changes
-        self._vlm, self._builder, self._expert, self._capture = vlm, builder, expert, capture
+        self._expert, self._capture = expert, capture
         self._compiled = compiled and expert.device.type == "cuda"
         if self._compiled:
             for layer in expert.expert.layers:
                 layer.compile()
         self._rows: PrefixRows | None = None
         self._samplers: dict[tuple[int, int], ActionSampler] = {}
-        self._rollouts: Any = None
-        self._checks: Callable[[Checkpoint], None] | None = getattr(vlm, "check_weights", None)
 
     @property
     def device(self) -> torch.device:
         """Device on which VLM and expert compute."""
         return self._expert.device
 
-    @property
-    def takes_routes(self) -> bool:
-        """Tell whether the prompt has a place for a route."""
-        return self._builder.format.route is not None
-
-    def check_takes_routes(self) -> None:
-        """Raise `UsageError` where the prompt has no place for a route."""
-        if not self.takes_routes:
-            raise UsageError(
-                f"{self.checkpoint.model} is of family {self._builder.family.name}, whose prompt has no place for a "
-                "route; leave it out."
-            )
-
     def alongside(self, run: str | None, *, average: bool = False) -> "Driver":
-        """A driver with another run's expert, or the base's for None, on the same VLM. Raises what `load_driver` does.
+        """A driver with another run's expert, or the base's for None, of the same observer, whose prompt and number of
+        frames decide what both have seen.
 
-        The prompt and the number of frames stay this driver's: they decide what both have seen.
+        Raises what `load_driver` does.
         """
         path, trained = None, None
         if run is not None:
             path, state = find_trained(run, self.checkpoint, **_vlm_of(self.checkpoint), average=average)
             trained = {"average": average, **state["files"]}
         expert = load_trained(self.checkpoint, path, self.device, average=average, dtype=self._expert.dtype)
-        return Driver(
-            self.checkpoint,
-            self._vlm,
-            self._builder,
-            expert,
-            frames=self.frames,
-            blank=self.blank,
-            capture=self._capture,
-            compiled=self._compiled,
-            trained=trained,
-        )
+        return Driver(self.observer, expert, capture=self._capture, compiled=self._compiled, trained=trained)
 
     def __call__(
         self,
@@ -209,7 +168,7 @@ class Driver:
         far enough or cannot be of a car, `NonFiniteError` for paths that are not finite.
         """
         track = track_of_poses(poses, pose_times_us, name=name)
-        seen = self.look(frames, frame_times_us, track, cameras=cameras, t0_us=t0_us, route=route, name=name)
+        seen = self.observer.look(frames, frame_times_us, track, cameras=cameras, t0_us=t0_us, route=route, name=name)
         return self.paths(seen, paths=paths, flow_steps=flow_steps, seed=seed, noise=noise, reasoning=reasoning)
 
     def look(
@@ -224,31 +183,7 @@ class Driver:
         name: str = "drive",
     ) -> SeenMoment:
         """Have the VLM see a moment; arguments and errors are those of a call."""
-        if route is not None:
-            self.check_takes_routes()
-        check_blank([full_camera_name(camera) for camera in cameras], self.blank)
-        sample = moment_of(
-            frames,
-            frame_times_us,
-            track,
-            cameras=cameras,
-            count=self.frames,
-            t0_us=t0_us,
-            route=route,
-            name=name,
-        )
-        return self.see(with_blank(sample, self.blank), track)
-
-    def see(self, sample: Sample, track: Track) -> SeenMoment:
-        """Have the VLM see a sample; `track` places its ego frame in the world."""
-        on_gpu = self._vlm.device if self._vlm.device.type == "cuda" else None
-        inputs = self._builder.build(sample, device=on_gpu)
-        inputs = replace(inputs, pixel_values=inputs.pixel_values.to(self._vlm.dtype))
-        (prefix,) = self._vlm.prefill_batch([inputs])
-        if self._checks is not None:  # weights that came for the first time
-            self._checks(self.checkpoint)
-            self._checks = None
-        return SeenMoment(sample=sample, inputs=inputs, prefix=prefix, track=track)
+        return self.observer.look(frames, frame_times_us, track, cameras=cameras, t0_us=t0_us, route=route, name=name)
 
     @torch.no_grad()
     def paths(
@@ -272,28 +207,21 @@ class Driver:
             raise UsageError(f"noise is {list(noise.shape)}; expected {list(expected)}, one draw a path.")
         tails: list[Tail] = []
         if reasoning:
-            tails = self._reasoned(seen, paths)
+            tails = self.observer.reasoned(seen, paths)
             cached = CachedSample(
-                sample_id=sample_id, prefix=_stored(seen.prefix), stem_len=seen.inputs.stem_len, tails=tuple(tails)
+                sample_id=sample_id, prefix=as_stored(seen.prefix), stem_len=seen.inputs.stem_len, tails=tuple(tails)
             )
             actions = after_rollouts(self._expert, cached, noise.float(), flow_steps=flow_steps)
         else:
             actions = self._sampled(seen.prefix, noise.float().cpu(), flow_steps)
         return self._driven(seen, actions, tuple(tail.text for tail in tails))
 
-    def see_together(self, samples: Sequence[Sample], tracks: Sequence[Track]) -> list[SeenMoment]:
-        """`see` several samples at once; the same to rounding, and faster where each alone is small."""
-        inputs = [self._builder.build(sample) for sample in samples]
-        inputs = [replace(one, pixel_values=one.pixel_values.to(self._vlm.dtype)) for one in inputs]
-        together = zip(samples, inputs, self._vlm.prefill_batch(inputs), tracks, strict=True)
-        return [SeenMoment(sample=one, inputs=given, prefix=made, track=track) for one, given, made, track in together]
-
     def paths_together(
         self, seen: Sequence[SeenMoment], *, paths: int = 6, flow_steps: int = 10, seed: int = 0
     ) -> list[DrivenPaths]:
         """`paths` of several moments at once; the same to rounding."""
         noise = eval_noise(seed, [one.sample.ref.sample_id for one in seen], paths).to(self.device)
-        actions = sampled(self._expert, [_stored(one.prefix) for one in seen], noise, flow_steps)
+        actions = sampled(self._expert, [as_stored(one.prefix) for one in seen], noise, flow_steps)
         return [self._driven(one, own, ()) for one, own in zip(seen, actions, strict=True)]
 
     def _driven(self, seen: SeenMoment, actions: Tensor, texts: tuple[str, ...]) -> DrivenPaths:
@@ -366,24 +294,6 @@ class Driver:
             self._rows = PrefixRows(layout, prefix.prefix_len, batch_size=1, batches=1, device=self.device)
         return self._rows
 
-    def _reasoned(self, seen: SeenMoment, rollouts: int) -> list[Tail]:
-        """Tails of reasoning rollouts, as a store holds them."""
-        from alpacache.alpamayo.rollout import RolloutSampler
-        from alpacache.alpamayo.streamed_vlm import StreamedVLM
-
-        if self._rollouts is None:
-            if isinstance(self._vlm, StreamedVLM):
-                raise UsageError(
-                    "reasoning needs the VLM's weights on the device, because each token goes through all of them; "
-                    "drive without it, or with a larger memory budget."
-                )
-            self._rollouts = RolloutSampler.load(self.checkpoint, self._vlm, self._builder)
-        route = seen.inputs.route
-        question = None if route is None else self._builder.tail_ids("rollout", route=route)
-        key = seen.sample.ref.sample_id
-        tails = self._rollouts.sample(seen.prefix, seen.inputs.stem_len, rollouts=rollouts, key=key, question=question)
-        return [replace(tail, keys=tail.keys.bfloat16(), values=tail.values.bfloat16()) for tail in tails]
-
 
 def load_driver(
     model: str,
@@ -450,13 +360,18 @@ def load_driver(
             f"the weights of {model} do not fit on {where}: {error}\nEnd other programs on it, take one with more "
             "memory, or pass a memory budget below it: then the VLM's layers come one by one."
         ) from error
-    return Driver(
+    if blank is not None:
+        blank = sort_cameras([*map(full_camera_name, blank)]) if blank else ()
+    observer = Observer(
         checkpoint,
         eyes,
         builder,
-        expert,
         frames=frames or seen.frames or FRAMES,
-        blank=seen.blank if blank is None else sort_cameras([*map(full_camera_name, blank)]) if blank else (),
+        blank=seen.blank if blank is None else blank,
+    )
+    return Driver(
+        observer,
+        expert,
         capture=capture,
         compiled=compiled,
         trained=trained,
@@ -499,8 +414,3 @@ def _vlm_of(checkpoint: Checkpoint) -> dict[str, Any]:
     home, _ = checkpoint.vlm_home
     other = {"id": home.model_id, "weights_sha256": checkpoint.vlm_fingerprint()}
     return {"vlm": None if home is checkpoint else other, "what": f"that of {home.model}"}
-
-
-def _stored(prefix: PrefixFeatures) -> PrefixFeatures:
-    """A prefix rounded as stores hold it."""
-    return replace(prefix, keys=prefix.keys.bfloat16(), values=prefix.values.bfloat16(), hidden=None)

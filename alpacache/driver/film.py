@@ -88,26 +88,29 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     track = source.track(clip)
     check_track(track, where=clip)
     routes = Routes(config.route, source)
-    base, others = _drivers(config)
-    if base.changes is not None and (changes := picture_changes(source)) != tuple(base.changes):
-        saw, shows = (", ".join(each) or "nothing" for each in (base.changes, changes))
-        _log.warning("trained on pictures changed by %s, and those of %s are changed by %s.", saw, source.name, shows)
+    budget = None if config.memory_budget is None else budget_bytes(config.memory_budget)
+    given: dict[str, Any] = {"device": config.device, "vlm": config.vlm, "frames": config.frames}
+    base, others = _drivers(config.model, config.checkpoint, average=config.ema, memory_budget=budget, **given)
+    _warn_of_other_pictures(base, source)
+    observer = base.observer
     if config.route != "none":
-        base.check_takes_routes()
-    moments = _moments(
-        source, clip, begin_s=config.begin, seconds=config.seconds, every_s=config.every, frames=base.frames
-    )
+        observer.check_takes_routes()
+    span: dict[str, Any] = {"begin_s": config.begin, "seconds": config.seconds, "every_s": config.every}
+    moments = _moments(source, clip, **span, frames=observer.frames)
     shown = FRONT_CAMERA if FRONT_CAMERA in cameras else cameras[0]
     lens = _lens(source, clip, shown, moments[0])
-    settings = _settings(config, base, source.name, clip, moments, others)
+    asked = {name: getattr(config, name) for name in ("cameras", "route", "paths", "flow_steps", "seed")}
+    settings = _settings(asked, source=source.name, clip=clip, first_us=moments[0], drivers=others)
     draft, resumed, done = out.with_name(f".{out.name}.new"), 0, 0
+    sampled: dict[str, Any] = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
+    looks: dict[str, Any] = {"cameras": cameras, "frames": observer.frames, "shown": shown}
     with (
         naming(out.parent),
         kept_beside(out, settings, shape=(config.paths, FUTURE_STEPS, 3)) as kept,
         InterruptGuard() as guard,
         _Film(draft, every_s=config.every) as film,
     ):
-        for sample, pictures in _seen(source, clip, track, moments, cameras=cameras, frames=base.frames, shown=shown):
+        for sample, pictures in _seen(source, clip, track, moments, **looks):
             if guard.requested:
                 raise InterruptedRunError(
                     f"stopped on request: {done} of {len(moments)} moments are predicted; the same command goes on."
@@ -116,11 +119,8 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
             paths = kept.read(t0_us)
             resumed += paths is not None
             if paths is None:
-                seen = base.see(with_blank(sample, base.blank), track)
-                paths = {
-                    label: driver.paths(seen, paths=config.paths, flow_steps=config.flow_steps, seed=config.seed).xyz
-                    for label, driver in others.items()
-                }
+                seen = observer.see(with_blank(sample, observer.blank), track)
+                paths = {label: driver.paths(seen, **sampled).xyz for label, driver in others.items()}
                 kept.write(t0_us, paths)
             film.add(drive_frame(_shown(track, t0_us, pictures, lens, paths, sample.route, clip)))
             done += 1
@@ -139,16 +139,19 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     )
 
 
-def _drivers(config: DriveConfig) -> tuple[Driver, dict[str, Driver]]:
-    """The driver whose VLM looks, and all drivers by label."""
-    settings: dict[str, Any] = {"device": config.device, "vlm": config.vlm, "frames": config.frames}
-    if config.memory_budget is not None:
-        settings["memory_budget"] = budget_bytes(config.memory_budget)
-    if config.checkpoint is None:
-        base = load_driver(config.model, **settings)
-        return base, {BASE: base}
-    trained = load_driver(config.model, config.checkpoint, average=config.ema, **settings)
-    return trained, {BASE: trained.alongside(None), TRAINED: trained}
+def _warn_of_other_pictures(driver: Driver, source: Source) -> None:
+    """Warn where an expert was trained on pictures that were changed otherwise than those of the source."""
+    if driver.changes is not None and (changes := picture_changes(source)) != tuple(driver.changes):
+        saw, shows = (", ".join(each) or "nothing" for each in (driver.changes, changes))
+        _log.warning("trained on pictures changed by %s, and those of %s are changed by %s.", saw, source.name, shows)
+
+
+def _drivers(
+    model: str, run: str | None, *, average: bool, memory_budget: int | None, **given: Any
+) -> tuple[Driver, dict[str, Driver]]:
+    """The driver whose recorded settings count, and all drivers of its observer by label."""
+    first = load_driver(model, run, average=average, memory_budget=memory_budget, **given)
+    return first, {BASE: first} if run is None else {BASE: first.alongside(None), TRAINED: first}
 
 
 def _moments(
@@ -310,17 +313,17 @@ class _Film:
 
 
 def _settings(
-    config: DriveConfig, base: Driver, source: str, clip: str, moments: Sequence[int], drivers: Mapping[str, Driver]
+    asked: Mapping[str, Any], *, source: str, clip: str, first_us: int, drivers: Mapping[str, Driver]
 ) -> dict[str, Any]:
-    """All that the predicted paths depend on."""
-    names = ("cameras", "route", "paths", "flow_steps", "seed")
+    """All that the predicted paths depend on; the drivers share one observer."""
+    base = drivers[BASE]
     return strict_json.plain(  # type: ignore[no-any-return]
         {
-            **{name: getattr(config, name) for name in names},
+            **asked,
             "source": source,
             "clip": clip,
-            "first_us": moments[0],
-            "frames": base.frames,
+            "first_us": first_us,
+            "frames": base.observer.frames,
             "models": list(drivers),
             "trained": [driver.trained for driver in drivers.values()],
             "expert": model_identity(base.checkpoint),

@@ -34,7 +34,7 @@ from alpacache.evaluation.sheet import MOST_ROWS
 from alpacache.evaluation.summary import EvalSummary, summarise
 from alpacache.evaluation.unread import Unread
 from alpacache.gpu.device import enter, resolve_device
-from alpacache.inference import BASE
+from alpacache.inference import BASE, TRAINED
 from alpacache.interrupt import InterruptGuard
 from alpacache.masking import masked_values
 from alpacache.metrics.bootstrap import BLOCK_S
@@ -92,7 +92,17 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     if config.guidance is not None:
         _check_guidance(data, stores, on_rollouts=on_rollouts, compared=config.swap_route or bool(config.control))
     poses = cache(data.poses)  # read while the device computes
-    models = find_models(config, base, data, indices, poses, paths_on_rollouts=config.paths if on_rollouts else 0)
+    models = find_models(
+        base,
+        ({} if config.checkpoint is None else {TRAINED: config.checkpoint}) | dict(config.compare),
+        data,
+        indices,
+        poses,
+        store=stores,
+        other_stores=config.compare_store,
+        average=config.ema,
+        paths_on_rollouts=config.paths if on_rollouts else 0,
+    )
     _warn_of_known_clips(models, data, indices, store=stores)
     _warn_of_other_pictures(models, config.compare_store, store=stores)
     partners = partners_of(data, indices, seed=config.seed) if "shuffled" in config.control else {}

@@ -13,7 +13,6 @@ from alpacache.alpamayo.backbone import layer_map_of
 from alpacache.alpamayo.new_expert import begun_with
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.errors import UsageError
-from alpacache.evaluation.config import EvalConfig
 from alpacache.evaluation.predicting import Poses, StoredSamples
 from alpacache.inference import BASE, TRAINED
 from alpacache.layer_choice import layers_text
@@ -39,29 +38,37 @@ class JudgedModel:
 
 
 def find_models(
-    config: EvalConfig,
     base: Checkpoint,
+    runs: Mapping[str, str],
     data: CachedDataset,
     indices: Sequence[int],
     poses: Callable[[int], Poses],
     *,
+    store: str,
+    other_stores: Mapping[str, str],
+    average: bool,
     paths_on_rollouts: int,
 ) -> dict[str, JudgedModel]:
     """Find the models by label, the base first, then it on other stores, then runs.
 
-    `paths_on_rollouts`: paths that need a reasoning rollout of their own.
+    Args:
+        runs: by label, the one that the evaluation is about as `TRAINED`.
+        data, indices, poses: the judged samples.
+        store: where they lie, for messages.
+        other_stores: by label; that of a run puts the run on the store, others the base.
+        average: take the runs' averages of the weights.
+        paths_on_rollouts: paths that need a reasoning rollout of their own.
 
     Raises `UsageError` for a run or a store that does not go with the base and the judged samples.
     """
-    runs = ({} if config.checkpoint is None else {TRAINED: config.checkpoint}) | dict(config.compare)
     others = {
         label: _other_store(f"--compare-store {label}={store}", store, base, data, indices, poses, paths_on_rollouts)
-        for label, store in config.compare_store.items()
+        for label, store in other_stores.items()
     }
     stored = {label: others.get(label) or StoredSamples(data=data) for label in (BASE, *others, *runs)}
     where = "the store that it is to be judged on"
     found = {
-        label: find_trained(run, base, vlm=stored[label].data.vlm, what=where, average=config.ema)
+        label: find_trained(run, base, vlm=stored[label].data.vlm, what=where, average=average)
         for label, run in runs.items()
     }
     first = base
@@ -71,7 +78,7 @@ def find_models(
         _log.warning(
             "%s has keys and values of layers %s alone, too few for the expert of %s: 'base' is the new expert of %s "
             "as it began, random weights.",
-            *(", ".join(config.store), layers_text(data.held_layers), config.model, config.checkpoint),
+            *(store, layers_text(data.held_layers), base.model, runs[TRAINED]),
         )
     of_base = [BASE, *(label for label in others if label not in runs)]
     models = {label: JudgedModel(checkpoint=first, stored=stored[label]) for label in of_base}

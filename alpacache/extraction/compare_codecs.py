@@ -1,7 +1,7 @@
 """`alpacache codecs`: what each codec costs in bytes, and what it does to the expert, on a few of one's own samples."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +21,10 @@ from alpacache.extraction.reading_process import reading_workers
 from alpacache.gpu.device import enter, resolve_device
 from alpacache.prefix.codecs import forget_tables
 from alpacache.progress import OnProgress, ignore
+from alpacache.sources.config import Side
 from alpacache.sources.registry import check_reach, open_source
 from alpacache.sources.selection import select
+from alpacache.sources.source import Source
 from cache_store import CacheReader, TransformCodec
 from cache_store.writer import stored_identity
 
@@ -70,10 +72,17 @@ def compare_codecs(config: CodecsConfig, *, on_progress: OnProgress = ignore) ->
     checkpoint, device = Checkpoint(config.model), resolve_device(config.device)
     identity = stored_identity(config.input) if _may_be_store(config.input) else None
     if identity is not None:
-        samples = _from_store(config, checkpoint, identity)
+        _check_of_store(config)
+        samples = _from_store(config.input, checkpoint, identity, samples=config.samples)
     else:
         enter(device)
-        samples = _from_source(config, checkpoint, device)
+        settings = PreparationSettings(
+            source=config.input, model=config.model, cameras=sort_cameras(config.cameras), frames=config.frames, seed=0,
+            camera_names=None, frame_numbers=None,
+        )  # fmt: skip
+        refs, source = _selected(settings, split=config.split, t0=config.t0)
+        chosen = spread_over(refs, config.samples)
+        samples = _from_source(chosen, source, settings, checkpoint, device, workers=reading_workers(config.workers))
     if not samples:
         raise UsageError(f"no sample of {config.input} can be read; `alpacache check` says why.")
     learnt, judged = split_samples(samples)
@@ -114,12 +123,17 @@ def _may_be_store(place: str) -> bool:
     return not colon or len(kind) == 1 or "://" in place
 
 
-def _from_store(config: CodecsConfig, checkpoint: Checkpoint, identity: Mapping[str, object]) -> list[WholeSample]:
-    """Samples of a bfloat16 store, spread over it."""
-    store = config.input
-    usual = CodecsConfig(input=store, model=config.model)
+def _check_of_store(config: CodecsConfig) -> None:
+    """Raise `UsageError` for a setting that chooses among recordings, where the samples are a store's."""
+    usual = CodecsConfig(input=config.input, model=config.model)
     if given := [name for name in _OF_SOURCES if getattr(config, name) != getattr(usual, name)]:
-        raise UsageError(f"--{given[0]} is of recordings, and {store} is a store; leave it out.")
+        raise UsageError(f"--{given[0]} is of recordings, and {config.input} is a store; leave it out.")
+
+
+def _from_store(
+    store: str, checkpoint: Checkpoint, identity: Mapping[str, object], *, samples: int
+) -> list[WholeSample]:
+    """So many samples of a bfloat16 store, spread over it."""
     check_same_model(checkpoint, identity, store=store)
     if identity.get("codec") != "bf16":
         raise UsageError(
@@ -128,28 +142,34 @@ def _from_store(config: CodecsConfig, checkpoint: Checkpoint, identity: Mapping[
         )
     reader = CacheReader(store)
     plain = [name for name in reader.sample_ids if SampleRef.parse(name).view == 0]
-    return list(read_store(reader, spread_over(plain, config.samples)))
+    return list(read_store(reader, spread_over(plain, samples)))
 
 
-def _from_source(config: CodecsConfig, checkpoint: Checkpoint, device: torch.device) -> list[WholeSample]:
-    """Samples spread over a selection of recordings, after the VLM."""
-    check_reach(config.input)
-    cameras = sort_cameras(config.cameras)
-    settings = PreparationSettings(
-        source=config.input, model=config.model, cameras=cameras, frames=config.frames, seed=0,
-        camera_names=None, frame_numbers=None,
-    )  # fmt: skip
-    source = open_source(config.input, cameras=settings.cameras)
+def _selected(settings: PreparationSettings, *, split: Side, t0: str) -> tuple[list[SampleRef], Source]:
+    """A source, and its samples on one side of the split."""
+    check_reach(settings.source)
+    source = open_source(settings.source, cameras=settings.cameras)
+    refs, _ = select(source, split=split, t0=t0)
+    return refs, source
+
+
+def _from_source(
+    refs: Sequence[SampleRef],
+    source: Source,
+    settings: PreparationSettings,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    workers: int,
+) -> list[WholeSample]:
+    """These samples of recordings after the VLM."""
     builder = settings.input_builder(checkpoint)
     if not builder.format.camera_names:
-        check_places(cameras, ())
+        check_places(settings.cameras, ())
     settings = replace(settings, camera_names=builder.format.camera_names, frame_numbers=builder.format.frame_numbers)
-    refs, _ = select(source, split=config.split, t0=config.t0)
     stored = StoredFeatures(codec=None, hidden_states=False, rollouts=0)
     prefiller = Prefiller(checkpoint, builder, stored, device, dtype=settings.dtype)
-    chosen = spread_over(refs, config.samples)
-    workers = reading_workers(config.workers)
-    found = list(read_source(chosen, prefiller, builder, source, settings, device, workers=workers))
+    found = list(read_source(refs, prefiller, builder, source, settings, device, workers=workers))
     del prefiller
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -27,8 +27,9 @@ from alpacache.extraction.pipeline import SPARE_COPIES, Writers, read_ahead
 from alpacache.extraction.prefill import BatchSize, Group, Prefiller, StoredFeatures
 from alpacache.extraction.preparation import Prepared
 from alpacache.extraction.progress import ExtractProgress, ExtractReport
-from alpacache.extraction.reading_process import Readers, open_readers, reading_workers
+from alpacache.extraction.reading_process import Readers, open_readers
 from alpacache.extraction.streamed_prefill import StreamedPrefiller, open_streamed
+from alpacache.extraction.target_store import TargetStore
 from alpacache.extraction.task import Task
 from alpacache.gpu.device import enter, own_device, restored_torch_threads
 from alpacache.gpu.host_copies import HostCopies
@@ -57,8 +58,16 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     device = own_device(config.device)
     enter(device)
     task = Task.of(config, device, on_note)
+    store = TargetStore(
+        task=task,
+        path=config.store,
+        codec=config.codec,
+        codec_from=config.codec_from,
+        force=config.force,
+        split=None if config.split_by == "clip" else f"{config.split} by {config.split_by}",
+    )
     before = stored_identity(config.store)
-    chosen = task.known_codec(before)
+    chosen = store.known_codec(before)
     stored = StoredFeatures(
         codec=None if chosen is None else chosen.codec,
         hidden_states=config.hidden_states == "last",
@@ -67,10 +76,13 @@ def extract(config: ExtractConfig, *, on_progress: OnProgress = ignore, on_note:
     )
     task.tell_prompt()
     missing = _uncommitted(config.store, task.refs)
-    plan = task.plan_memory(missing, stored, sized=chosen is not None)
-    chosen, before, ready = task.settle_codec(chosen, before, plan, stored, missing)
+    first = task.first_of(missing)
+    if chosen is not None:  # else nobody knows yet how large a sample is
+        store.check_room(len(missing), first, stored)
+    plan = task.plan_memory(len(missing), first, stored)
+    chosen, before, ready = store.settle_codec(chosen, before, plan, stored, samples=len(missing), first=first)
     compiled = task.compiles(len(missing))
-    opened, codec = task.open_store(stored, chosen, before, compiled=compiled)
+    opened, codec = store.open(stored, chosen, before, compiled=compiled)
     stored = replace(stored, codec=codec)
     with opened as writer:
         wanted = frozenset(sample_key(ref.sample_id) for ref in task.every)
@@ -110,13 +122,14 @@ def _run(
     ready: Prefiller | None,
 ) -> None:
     """Extract these samples. Raises `InterruptedRunError` after a signal if some are left."""
-    config, device, workers = task.config, task.device, min(reading_workers(task.config.workers), len(todo))
+    asked, device = task.prefill, task.device
+    workers = min(asked.workers, len(todo))
     in_order = stretches(todo, task.source, workers=workers)
     if isinstance(task.source, FixedSource):
         task.source.expect([stretch[0] for stretch in in_order])
-    batch, buffers = _batch_and_buffers(plan, config.batch_size or 1, device, writers=config.writers)
+    batch, buffers = _batch_and_buffers(plan, asked.batch_size or 1, device, writers=asked.writers)
     with (
-        _deterministic(config.deterministic),
+        _deterministic(asked.deterministic),
         restored_torch_threads(),
         open_readers(task.settings, task.source, task.builder, device, workers=workers) as readers,
         HostCopies(device, buffers) as copies,
@@ -133,7 +146,7 @@ def _run(
         ) as prefiller,
     ):
         progress.start(len(todo))
-        with InterruptGuard() as guard, Writers(writer, copies, threads=config.writers) as writers:
+        with InterruptGuard() as guard, Writers(writer, copies, threads=asked.writers) as writers:
             extraction = _Extraction(readers, prefiller, batch, writers, progress, failures, guard, stored.codec)
             extraction.over(in_order)
         warn_of(extraction.longer, stored.codec, progress.extracted)

@@ -1,6 +1,6 @@
 """GPU memory and RAM that stage one will take, settled before the first sample."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -9,13 +9,11 @@ from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.family import Geometry
 from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.cached_samples.features import kv_bytes
-from alpacache.extraction.config import ExtractConfig
 from alpacache.extraction.prefill import StoredFeatures
 from alpacache.extraction.preparation import PreparationSettings, ReadSample
 from alpacache.gpu.device import cap_memory
 from alpacache.gpu.host_memory import available_bytes
-from alpacache.planning.config import budget_bytes
-from alpacache.planning.prefill_plan import PATCH_VALUES, PrefillPlan, PrefillWork, choose_plan
+from alpacache.planning.prefill_plan import PATCH_VALUES, PrefillPlan, PrefillWork, WeightsHome, choose_plan
 from alpacache.planning.sample_size import planned_prompt
 from alpacache.planning.time_model import prefill_batch
 from alpacache.torchrun import this_process
@@ -24,59 +22,77 @@ _PICTURE = (1080, 1920)
 """Assumed where no sample can be read."""
 
 
-def plan_memory(
-    config: ExtractConfig,
-    count: int,
-    first: Callable[[], ReadSample | None],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSettings:
+    """How samples go through the VLM: what decides speed and memory, not what is stored."""
+
+    workers: int
+    """Samples that are read at a time."""
+    writers: int
+    """Threads that commit samples."""
+    batch_size: int | None
+    """Samples that go through the VLM at a time; None: as many as suit the device."""
+    deterministic: bool
+    compile: bool | None
+    """None: where it pays."""
+    home: WeightsHome | None
+    """Home of the text layers' weights; None: the fastest that fits."""
+    budget_bytes: int | None
+    """GPU memory that the allocator may take; None: what is free."""
+
+    def rows(self, cameras: int, frames: int, device: torch.device) -> int:
+        """Samples that go through the VLM at a time where memory does not matter."""
+        batched = device.type == "cuda" and not self.deterministic
+        return self.batch_size or (prefill_batch(cameras=cameras, frames=frames) if batched else 1)
+
+
+def prefill_work(
+    found: ReadSample | None,
     checkpoint: Checkpoint,
     builder: InputBuilder,
-    *,
     settings: PreparationSettings,
     stored: StoredFeatures,
-    device: torch.device,
-    workers: int,
-) -> PrefillPlan | None:
-    """Choose where the weights live and how many of `count` samples go at once; hold the allocator to the budget.
-
-    The samples are taken to be as large as the `first` that can be read.
-
-    None on a CPU where nothing else was asked for: there the VLM lies in RAM anyway. Raises `UsageError` where nothing
-    fits.
-    """
-    asked = None if config.weights == "auto" else config.weights
-    if device.type == "cpu" and asked in (None, "gpu"):
-        return None
-    batched = device.type == "cuda" and not config.deterministic
-    rows = config.batch_size or (prefill_batch(cameras=len(settings.shown), frames=config.frames) if batched else 1)
+    *,
+    samples: int,
+    rows: int,
+    ahead: int,
+) -> PrefillWork:
+    """What stage one's memory depends on, of samples as large as one that was read, or as a usual one for None."""
     geometry, itemsize = geometry_of(checkpoint), settings.dtype.itemsize
-    tokens, image_tokens, pixel_bytes, tails = _sizes(first(), builder, settings, geometry)
+    tokens, image_tokens, pixel_bytes, tails = _sizes(found, builder, settings, geometry)
     layers = geometry.layers if stored.layers is None else len(stored.layers)
     stored_bytes = sum(
         kv_bytes((layers, 2, geometry.kv_heads, length, geometry.head_dim), stored.codec) for length in (tokens, *tails)
     )
     if stored.hidden_states:
         stored_bytes += 2 * tokens * geometry.vlm_hidden
-    work = PrefillWork(
+    return PrefillWork(
         geometry=geometry,
         tokens=tokens + sum(tails),
         image_tokens=image_tokens,
         stored_bytes=stored_bytes,
         pixel_bytes=pixel_bytes,
         rows=rows,
-        ahead=workers + config.writers,
-        samples=count,
+        ahead=ahead,
+        samples=samples,
         itemsize=itemsize,
         rollouts=stored.rollouts > 0,
         sharers=this_process().local_world_size,
     )
-    host_bytes, budget = available_bytes() // work.sharers, config.memory_budget
-    allowed = None if budget is None else budget_bytes(budget)
+
+
+def plan_memory(work: PrefillWork, asked: PrefillSettings, device: torch.device) -> PrefillPlan:
+    """Choose where the weights live and how many samples go at once; hold the allocator to the budget.
+
+    Raises `UsageError` where nothing fits.
+    """
+    host_bytes = available_bytes() // work.sharers
     if device.type == "cuda":
-        device_bytes = cap_memory(allowed, device)
+        device_bytes = cap_memory(asked.budget_bytes, device)
     else:
-        device_bytes = host_bytes if allowed is None else allowed
-    exact_rows = config.batch_size is not None or config.deterministic
-    return choose_plan(work, device_bytes=device_bytes, host_bytes=host_bytes, asked=asked, exact_rows=exact_rows)
+        device_bytes = host_bytes if asked.budget_bytes is None else asked.budget_bytes
+    exact_rows = asked.batch_size is not None or asked.deterministic
+    return choose_plan(work, device_bytes=device_bytes, host_bytes=host_bytes, asked=asked.home, exact_rows=exact_rows)
 
 
 def _sizes(

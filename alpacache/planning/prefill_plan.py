@@ -5,7 +5,6 @@ for as long as the copy takes. *Rows* are the samples that go through a layer si
 layer computes was counted from the layers' operations, allocation by allocation, and does not depend on the card.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +32,30 @@ _ANGLES_A_PATCH = 576
 """Bytes of a patch's cosines and sines in float32."""
 _RAM_LEFT_BYTES = 2 * 2**30
 """RAM left to everything else on the machine."""
+PLACES: tuple[tuple[WeightsHome, bool], ...] = (
+    ("gpu", False),
+    ("ram", False),
+    ("ram", True),
+    ("files", False),
+    ("files", True),
+)
+"""Homes of the text layers' weights, each without and with the vision tower's, from the fastest on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsPlace:
+    """A place for the VLM's weights, and the bytes that they take."""
+
+    home: WeightsHome
+    """Home of the text layers' weights while they do not compute."""
+    tower_streams: bool
+    """The vision tower has the same home; False: it stays on the GPU."""
+    on_device: int
+    """Weights on the GPU at a time."""
+    on_host: int
+    """Page-locked weights; of what several processes share, this one's part."""
+    streamed: int
+    """Weights that are copied to the GPU each time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,21 +139,38 @@ class PrefillPlan:
         return [*self.device_table(), *beside]
 
 
-def all_weights_bytes(geometry: Geometry, itemsize: int) -> int:
-    """Bytes of all weights of a VLM that writes no text."""
+def place_of(
+    geometry: Geometry, itemsize: int, home: WeightsHome, *, tower_streams: bool = False, sharers: int = 1
+) -> WeightsPlace:
+    """What the weights of a VLM that writes no text take in this place."""
     sizes = geometry.vlm
-    return (sizes.layer_parameters * geometry.layers + sizes.tower_parameters + sizes.embedding_parameters) * itemsize
+    layer, tower = sizes.layer_parameters * itemsize, sizes.tower_parameters * itemsize
+    layers = layer * geometry.layers
+    if home == "gpu":
+        everything = layers + tower + sizes.embedding_parameters * itemsize
+        return WeightsPlace(home=home, tower_streams=False, on_device=everything, on_host=0, streamed=0)
+    streamed = layers + (tower if tower_streams else 0)
+    return WeightsPlace(
+        home=home,
+        tower_streams=tower_streams,
+        on_device=max(SLOTS * layer, tower) if tower_streams else SLOTS * layer + tower,
+        on_host=-(-streamed // sharers) if home == "ram" else STAGES * max(layer, tower if tower_streams else 0),
+        streamed=streamed,
+    )
 
 
-def weights_in_turn_bytes(geometry: Geometry, itemsize: int, *, tower_streams: bool) -> int:
-    """Bytes of the weights that are on the device at a time where layers come in turn, perhaps the vision tower too."""
-    layers, tower = SLOTS * geometry.vlm.layer_parameters * itemsize, geometry.vlm.tower_parameters * itemsize
-    return max(layers, tower) if tower_streams else layers + tower
+def place_weights(geometry: Geometry, itemsize: int, *, device_bytes: int, host_bytes: int) -> WeightsPlace | None:
+    """The fastest place that fits into what there is for the weights alone; None where none does."""
+    for home, tower_streams in PLACES:
+        place = place_of(geometry, itemsize, home, tower_streams=tower_streams)
+        if place.on_device <= device_bytes and (home == "gpu" or place.on_host + _RAM_LEFT_BYTES <= host_bytes):
+            return place
+    return None
 
 
 def resident_plan(work: PrefillWork, rows: int) -> PrefillPlan:
     """Memory with all weights on the GPU."""
-    weights = all_weights_bytes(work.geometry, work.itemsize)
+    weights = place_of(work.geometry, work.itemsize, "gpu").on_device
     weights += work.geometry.vlm.embedding_parameters * work.itemsize if work.rollouts else 0
     tokens = rows * work.tokens
     # While layers compute, the batch before lies encoded beside the cache; later the cache, what is cut from it for
@@ -158,11 +198,7 @@ def resident_plan(work: PrefillWork, rows: int) -> PrefillPlan:
 
 def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int, tower_streams: bool) -> PrefillPlan:
     """Memory with the text layers' weights, and the vision tower's if `tower_streams`, in another home."""
-    sizes = work.geometry.vlm
-    layer, tower = sizes.layer_parameters * work.itemsize, sizes.tower_parameters * work.itemsize
-    layers = layer * work.geometry.layers
-    streamed = layers + (tower if tower_streams else 0)
-    stage = max(layer, tower if tower_streams else 0)
+    place = place_of(work.geometry, work.itemsize, home, tower_streams=tower_streams, sharers=work.sharers)
     # A layer of the rows: computed, cut, side by side; then what the encoder makes, some of which has yet to go.
     kv = rows * work.tokens * _kv_token(work) * 5
     activations = _activations(work, rows)
@@ -173,14 +209,14 @@ def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int
         group=group,
         rows=rows,
         buffers=buffers,
-        weights=weights_in_turn_bytes(work.geometry, work.itemsize, tower_streams=tower_streams),
+        weights=place.on_device,
         group_bytes=_group_bytes(work, group),
         activations=activations,
         kv=kv,
         workspace=_WORKSPACE_BYTES + round(_GAPS * (_group_bytes(work, group) + kv + activations)),
-        host_weights=-(-streamed // work.sharers) if home == "ram" else STAGES * stage,
+        host_weights=place.on_host,
         host_samples=buffers * work.stored_bytes + (2 * group + work.ahead) * work.pixel_bytes,
-        streamed_bytes=streamed,
+        streamed_bytes=place.streamed,
     )
 
 
@@ -202,28 +238,21 @@ def choose_plan(
     Raises `UsageError` where nothing fits, with what is needed.
     """
     rows = [work.rows] if exact_rows else halved(work.rows)
-    homes: list[WeightsHome] = ["gpu", "ram", "files"] if asked is None else [asked]
     least: PrefillPlan | None = None
-    for home in homes:
-        if home != "gpu" and work.rollouts:
+    for home, tower_streams in PLACES:
+        if (asked is not None and home != asked) or (home != "gpu" and work.rollouts):
             continue
-        for plan in _candidates(work, home, rows):
+        for few in rows:  # with the least groups
+            if home == "gpu":
+                plan = resident_plan(work, few)
+            else:
+                plan = streamed_plan(work, home, group=few, rows=few, tower_streams=tower_streams)
             if plan.device_bytes <= device_bytes and (home == "gpu" or _fits_host(plan, host_bytes)):
                 return _with_room_used(work, plan, device_bytes=device_bytes, host_bytes=host_bytes)
             if least is None or plan.device_bytes <= least.device_bytes:
                 least = plan
     assert least is not None or work.rollouts
     raise UsageError(_refusal(work, least, asked=asked, device_bytes=device_bytes, host_bytes=host_bytes))
-
-
-def _candidates(work: PrefillWork, home: WeightsHome, rows: list[int]) -> Iterator[PrefillPlan]:
-    """Plans of a home from the fastest to the smallest, with the least groups."""
-    if home == "gpu":
-        yield from (resident_plan(work, few) for few in rows)
-        return
-    for tower_streams in (False, True):
-        for few in rows:
-            yield streamed_plan(work, home, group=few, rows=few, tower_streams=tower_streams)
 
 
 def _with_room_used(work: PrefillWork, plan: PrefillPlan, *, device_bytes: int, host_bytes: int) -> PrefillPlan:

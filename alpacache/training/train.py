@@ -26,6 +26,7 @@ from alpacache.config import to_toml
 from alpacache.distributed.world import join_world
 from alpacache.errors import DataError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.interrupt import InterruptGuard
+from alpacache.planning.config import NEW_EXPERT
 from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.progress import OnProgress, ignore
 from alpacache.torchrun import lone_task
@@ -35,17 +36,18 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples, batches_of, choice_lines
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
-from alpacache.training.run_directory import RunCheckpoint, read_checkpoint
-from alpacache.training.run_inputs import (
-    RunInputs,
+from alpacache.training.resume_check import (
     check_begun,
+    check_same_expert,
     check_unchanged,
     differing_settings,
     free_settings,
-    restore_settings,
+    kept_settings,
     schedule_of,
     settings_record,
 )
+from alpacache.training.run_directory import RunCheckpoint, RunDirectory, read_checkpoint
+from alpacache.training.run_inputs import RunInputs
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
 from alpacache.training.run_names import CONFIG, MEMORY, SAMPLES
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
@@ -80,11 +82,22 @@ def train(
             raise UsageError(
                 "on_damage is 'skip' with several processes; mend the store with `alpacache verify` instead."
             )
-        config = restore_settings(config)
-        inputs = RunInputs(config, world)
+        config = _with_kept_settings(config)
+        inputs = RunInputs.of(config, world)
         with inputs.directory.owned(take_over=config.take_over) if world.is_first else nullcontext():
             check_begun(inputs.directory, resume=config.resume)  # another process may just have begun it
             return _train(config, inputs, on_progress, on_plan, on_note)
+
+
+def _with_kept_settings(config: TrainConfig) -> TrainConfig:
+    """The same with what it leaves open as the run was begun, or as new runs have it."""
+    kept = kept_settings(RunDirectory(config.out), resume=config.resume)
+    if config.from_scratch:
+        given = {name: strict_json.plain(getattr(config, name)) for name in NEW_EXPERT}
+        check_same_expert(kept, given, run=config.out)
+    else:
+        kept = {name: value for name, value in kept.items() if name not in NEW_EXPERT}
+    return replace(config, **{name: value for name, value in kept.items() if getattr(config, name) is None})
 
 
 def _train(
@@ -160,31 +173,18 @@ class _Run:
         assert config.seed is not None
         self.config, self.inputs, self.plan, self.seed, self._on_note = config, inputs, plan, config.seed, on_note
         self.world, self.directory, self.data, self.total = inputs.world, inputs.directory, inputs.data, inputs.total
-        world, directory = self.world, self.directory
-        used = {"lr": config.peak_lr, "min_lr": config.final_lr, "store_weights": config.store_weights}
-        used["optimizer"] = resolve(config.optimizer, world.device)
-        if (new := inputs.new_expert) is not None:
-            used |= {"expert_layers": len(new.layer_map), "expert_width": new.width, "expert_heads": new.heads}
-            used |= {"expert_intermediate": new.intermediate, "expert_map": list(new.layer_map)}
-        schedule = schedule_of(self.directory)
-        record = asdict(config) | used
+        world, directory, schedule = self.world, self.directory, schedule_of(self.directory)
         self.settings = settings_record(
-            record, inputs.stores, processes=world.size, schedule=schedule, chosen=self.data.chosen
+            asdict(config) | self._used(),
+            inputs.stores,
+            processes=world.size,
+            schedule=schedule,
+            chosen=self.data.chosen,
         )
         rates = {"peak": config.peak_lr, "final": config.final_lr}
         self.rate = LearningRate(**rates, warmup=config.warmup, total=self.total, schedule=schedule)
         self.learner = self._make_learner()
-        self.validation: Validation | None = None
-        if inputs.val is not None:
-            by_min_ade, times = config.best_by == "min_ade", config.times
-            self.validation = Validation(
-                inputs.val,
-                config.val_samples,
-                times=times,
-                causal=config.causal,
-                with_min_ade=by_min_ade,
-                shuffled=config.val_shuffled,
-            )
+        self.validation = self._make_validation()
         self.damaged = DamagedSamples(self.data, config.on_damage)
         self.writer = CheckpointWriter(directory)
         self.skipped = SkippedSteps()
@@ -196,28 +196,12 @@ class _Run:
         self.step = 0
         self.guard = InterruptGuard()
         self.stopped_early = self.stopping = False
-        saved: RunCheckpoint | None = None
-        begun = to_toml(replace(config.with_absolute_places(), resume=False, take_over=False), mask=True)
-        if directory.steps:
-            saved = self._restore(directory.steps[-1])
-            if world.is_first and directory.restore_config(begun):
-                on_note(f"{directory.path} had no {CONFIG} any more; it is written again, with the settings in force.")
-        elif world.is_first:
-            if config.resume:
-                on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
-            directory.begin(begun)
-            if self.data.chosen is not None:
-                directory.write(SAMPLES, self.data.chosen.table(self.data.ids))
+        saved = self._begin_or_restore()
         if config.ema is not None and world.is_first:
             assert config.ema_every is not None
             self.learner.start_average(config.ema, config.ema_every, saved)
-        self.chosen: dict[str, Any] | None = None
+        self.chosen = self._tell_choice() if world.is_first else None
         """The choice of samples, with what it came to by stratum; None for all."""
-        if self.data.chosen is not None and world.is_first:
-            strata = self.data.share_strata(inputs.order.due)
-            self.chosen = {**self.data.chosen.record, "strata": {name: asdict(one) for name, one in strata.items()}}
-            for line in choice_lines(self.data.chosen, strata):
-                on_note(line)
         self.first = self.step
         """Step that this call goes on after."""
         steps = {"first": self.first, "total": self.total, "batch_size": config.batch_size}
@@ -225,6 +209,58 @@ class _Run:
         if saved is not None:
             by_process = saved.state.get("turn_losses", [])[world.rank :: world.size]
             self.log.turn_losses = added([{turn: LossSum(**one) for turn, one in part.items()} for part in by_process])
+
+    def _used(self) -> dict[str, Any]:
+        """Settings as they come out: what defaults stand for, and the sizes of a new expert."""
+        config, new = self.config, self.inputs.new_expert
+        used: dict[str, Any] = {"lr": config.peak_lr, "min_lr": config.final_lr, "store_weights": config.store_weights}
+        used["optimizer"] = resolve(config.optimizer, self.world.device)
+        if new is not None:
+            used |= {"expert_layers": len(new.layer_map), "expert_width": new.width, "expert_heads": new.heads}
+            used |= {"expert_intermediate": new.intermediate, "expert_map": list(new.layer_map)}
+        return used
+
+    def _begin_or_restore(self) -> RunCheckpoint | None:
+        """Take over the newest checkpoint, which is returned, or begin the run's directory."""
+        config, directory, is_first = self.config, self.directory, self.world.is_first
+        begun = to_toml(replace(config.with_absolute_places(), resume=False, take_over=False), mask=True)
+        if directory.steps:
+            saved = self._restore(directory.steps[-1])
+            if is_first and directory.restore_config(begun):
+                self._on_note(
+                    f"{directory.path} had no {CONFIG} any more; it is written again, with the settings in force."
+                )
+            return saved
+        if is_first:
+            if config.resume:
+                self._on_note(f"{config.out} has no checkpoint to go on from; the run begins at step 0.")
+            directory.begin(begun)
+            if self.data.chosen is not None:
+                directory.write(SAMPLES, self.data.chosen.table(self.data.ids))
+        return None
+
+    def _tell_choice(self) -> dict[str, Any] | None:
+        """Say what a choice of samples came to by stratum, and return its record; None where all are taken."""
+        if self.data.chosen is None:
+            return None
+        strata = self.data.share_strata(self.inputs.order.due)
+        for line in choice_lines(self.data.chosen, strata):
+            self._on_note(line)
+        return {**self.data.chosen.record, "strata": {name: asdict(one) for name, one in strata.items()}}
+
+    def _make_validation(self) -> Validation | None:
+        """The validation on held-out samples, if there are any."""
+        config, val = self.config, self.inputs.val
+        if val is None:
+            return None
+        return Validation(
+            val,
+            config.val_samples,
+            times=config.times,
+            causal=config.causal,
+            with_min_ade=config.best_by == "min_ade",
+            shuffled=config.val_shuffled,
+        )
 
     def _make_learner(self) -> Learner:
         """Load the expert, choose what is trained, and make its optimizer."""

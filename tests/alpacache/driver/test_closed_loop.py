@@ -39,7 +39,7 @@ class Chauffeur:
     frames, blank, takes_routes = 1, (), False
 
     def __init__(self, follows):
-        self.follows, self.seen = follows, []
+        self.follows, self.seen, self.observer = follows, [], self
 
     def see_together(self, samples, tracks):
         self.seen.append(samples)
@@ -265,8 +265,13 @@ def test_a_model_drives_and_meets_the_same_in_each_run(tiny_checkpoint, tiny_che
         drive_roads(driver, roads, follow="best")
     routed = load_driver(tiny_checkpoint_15, device="cpu", frames=1)
     forks, told = loop_roads(1, shapes=("fork",)), []
-    look = routed.see_together
-    routed.see_together = lambda samples, tracks: (told.extend(one.route for one in samples), look(samples, tracks))[1]
+    look = routed.observer.see_together
+
+    def see_together(samples, tracks):
+        told.extend(one.route for one in samples)
+        return look(samples, tracks)
+
+    routed.observer.see_together = see_together
     drive_roads(routed, forks, seconds=2.5, flow_steps=1)
     side = forks[0].source.clip_kind(forks[0].clip_id).side
     assert {text for text in told if text} <= {f"turn {side} in {metres} m" for metres in range(200)}

@@ -183,7 +183,7 @@ def test_what_is_missing_is_named_with_its_place(story):
         r"expected \[3, 64, 2\]", frames, times, poses, stamps, noise=torch.zeros(2, 64, 2), paths=3, kind=UsageError
     )
     refused(r"paths is 0", frames, times, poses, stamps, paths=0, kind=UsageError)
-    if driver.takes_routes:
+    if driver.observer.takes_routes:
         refused(r"log-7 at 5.100 s: its route cannot go", frames, times, poses, stamps, route="<|im_end|>")
         late = np.stack([times - 400_000, times])
         refused(r"camera_cross_left_120fov shows 0.400 s before", frames, late, poses, stamps)
@@ -202,7 +202,7 @@ def test_a_run_drives_with_its_tensors_and_its_stores_prompt(story, tiny_checkpo
         load_driver(model, run, device="cpu"),
         load_driver(model, run, device="cpu", average=True),
     )
-    assert (base.frames, trained.frames) == (4, 2)
+    assert (base.observer.frames, trained.observer.frames) == (4, 2)
     sample_id, actions, *_ = evaluated(model, store, trained._expert)
     clip_id = SampleRef.parse(sample_id).clip_id
     given = {"cameras": cameras, "seed": 5, "name": clip_id, **PATHS}
@@ -218,7 +218,7 @@ def test_a_run_drives_with_its_tensors_and_its_stores_prompt(story, tiny_checkpo
         load_driver(model, tmp_path, device="cpu")
 
 
-def test_streamed_layers_give_the_same_paths(story):
+def test_streamed_layers_give_the_same_paths(story, monkeypatch):
     model, source, cameras, _ = story
     clip_id = source.clip_ids[0]
     given = recording(source, clip_id, cameras=cameras)
@@ -226,7 +226,7 @@ def test_streamed_layers_give_the_same_paths(story):
     budget = sum(parameter.nbytes for parameter in resident._expert.parameters())
     budget += 2 * (2 * sizes.layer_parameters + sizes.tower_parameters)
     streamed = load_driver(model, device="cpu", memory_budget=budget)
-    assert type(streamed._vlm).__name__ == "StreamedVLM"
+    assert type(streamed.observer._vlm).__name__ == "StreamedVLM"
     expected = resident(*given, cameras=cameras, **PATHS)
     for _ in range(2):
         assert np.array_equal(streamed(*given, cameras=cameras, **PATHS).xyz, expected.xyz)
@@ -234,6 +234,9 @@ def test_streamed_layers_give_the_same_paths(story):
         streamed(*given, cameras=cameras, reasoning=True, **PATHS)
     with pytest.raises(UsageError, match=r"the memory budget of 0.00 GiB is too small"):
         load_driver(model, device="cpu", memory_budget=1000)
+    monkeypatch.setattr("alpacache.driver.weights.available_bytes", lambda: 2**31)
+    with pytest.raises(UsageError, match=r"2\.00 GiB of RAM are available, too few to read the VLM's layers through"):
+        load_driver(model, device="cpu", memory_budget=budget)
 
 
 def test_reasoning_gives_the_paths_of_an_evaluation_on_rollouts(tiny_checkpoint, rollout_samples, rollout_stores):
@@ -278,7 +281,7 @@ def test_black_pictures_of_a_runs_stores_are_filled_in(tiny_checkpoint, tmp_path
     run = str(tmp_path / "run")
     alpacache.train(TrainConfig(stores=(store,), out=run, steps=1, batch_size=1, trainable="head", **common))
     driver, source = load_driver(tiny_checkpoint, run, device="cpu"), SyntheticSource(1)
-    assert (driver.frames, driver.blank) == (1, blank)
+    assert (driver.observer.frames, driver.observer.blank) == (1, blank)
     expected = evaluated(str(tiny_checkpoint), store, driver._expert)[1]
     given, name = recording(source, source.clip_ids[0], cameras=CAMERAS["r1"]), source.clip_ids[0]
     live = driver(*given, cameras=["front_wide"], seed=5, name=name, **PATHS)

@@ -12,6 +12,7 @@ from alpacache.driver import film
 from alpacache.driver.config import DriveConfig
 from alpacache.driver.driver import Driver
 from alpacache.driver.film import drive
+from alpacache.driver.observer import Observer
 from alpacache.driving.cameras import CAMERAS
 from alpacache.errors import InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
@@ -161,8 +162,8 @@ def test_the_end_of_a_recording_is_played_without_a_future(tiny_checkpoint, tmp_
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_between_two_frames_the_older_one_is_seen_as_extract_takes_it(tiny_checkpoint, tmp_path, monkeypatch, frames):
-    seen, see = [], Driver.see
-    monkeypatch.setattr(Driver, "see", lambda self, sample, track: (seen.append(sample), see(self, sample, track))[1])
+    seen, see = [], Observer.see
+    monkeypatch.setattr(Observer, "see", lambda self, sample, track: (seen.append(sample), see(self, sample, track))[1])
     cameras = CAMERAS[:2]
     settings = {"begin": 5.03, "seconds": 0.25, "every": 0.25, "frames": frames, "cameras": cameras}
     assert drive(config(tiny_checkpoint, tmp_path / "a.mp4", **settings)).pictures == 2

@@ -110,11 +110,11 @@ def test_another_store_must_have_the_same_samples_of_the_same_drives(root, tiny_
         xyz, *rest = data.poses(index)
         return xyz + (index == 1), *rest
 
-    asked = config(root, tiny_checkpoint, tmp_path / "out", compare_store={"two": str(root / "two")})
+    others = {"store": "one", "other_stores": {"two": str(root / "two")}, "average": False}
     with pytest.raises(UsageError, match=f"1 of 4 samples have another path there, {data.sample_id(1)}"):
-        find_models(asked, base, data, range(4), moved, paths_on_rollouts=0)
+        find_models(base, {}, data, range(4), moved, **others, paths_on_rollouts=0)
     with pytest.raises(UsageError, match="has 0 reasoning rollouts per sample, 2 paths need one each"):
-        find_models(asked, base, data, range(4), data.poses, paths_on_rollouts=2)
+        find_models(base, {}, data, range(4), data.poses, **others, paths_on_rollouts=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 import alpacache
 from alpacache.alpamayo import Checkpoint, load_expert
 from alpacache.errors import UsageError
-from alpacache.extraction import codec_choice, codec_learning, task
+from alpacache.extraction import codec_choice, codec_learning, target_store
 from alpacache.extraction.codec_errors import CodecJudge, _rounded_again
 from alpacache.extraction.codec_learning import read_store
 from alpacache.extraction.config import CodecsConfig, ExtractConfig, most_velocity_error
@@ -181,7 +181,7 @@ def test_a_killed_choice_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch) 
 
 def test_who_loses_the_race_for_the_root_takes_the_winners_codec(plain, tiny_checkpoint, tmp_path, monkeypatch) -> None:
     """The store appears between the last look and the root."""
-    winner, store, writer = tmp_path / "w", tmp_path / "s", task.CacheWriter
+    winner, store, writer = tmp_path / "w", tmp_path / "s", target_store.CacheWriter
     alpacache.extract(settings(tiny_checkpoint, winner, source="synthetic:6", codec="transform:5", shard=(0, 2)))
 
     def late(path, **given):
@@ -189,7 +189,7 @@ def test_who_loses_the_race_for_the_root_takes_the_winners_codec(plain, tiny_che
             shutil.copytree(winner, store)
         return writer(path, **given)
 
-    monkeypatch.setattr(task, "CacheWriter", late)
+    monkeypatch.setattr(target_store, "CacheWriter", late)
     notes = []
     alpacache.extract(settings(tiny_checkpoint, store, codec="transform:5"), on_note=notes.append)
     assert any("another worker" in note for note in notes)

@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 import alpacache
 from alpacache.alpamayo.vlm import FrozenVLM
 from alpacache.cached_samples.identity import store_codec
-from alpacache.driving.cameras import CAMERAS
 from alpacache.extraction import task
 from alpacache.extraction.config import ExtractConfig
+from alpacache.extraction.memory import PrefillSettings
 from alpacache.planning.time_model import RELEASED_VLM, worth_compiling
 from cache_store import CacheReader
 
@@ -25,6 +25,11 @@ def config(checkpoint, store, **changes):
         **{"source": "synthetic:4", "model": str(checkpoint), "store": str(store), "frames": 2, "device": "cpu"}
         | changes
     )
+
+
+def prefill_settings(**changes):
+    usual = {"workers": 2, "writers": 2, "batch_size": None, "deterministic": False, "compile": None}
+    return PrefillSettings(**usual | {"home": None, "budget_bytes": None} | changes)
 
 
 def kv(reader, sample_id):
@@ -54,13 +59,12 @@ def test_a_minute_of_prefill_is_worth_it():
 def test_it_is_compiled_on_a_gpu_where_it_pays_or_as_asked(device, samples, changes, compiled, monkeypatch):
     monkeypatch.setattr(task, "has_kernels", lambda device: True)
     monkeypatch.setattr(task, "geometry_of", lambda _: SimpleNamespace(vlm_parameters=RELEASED_VLM))
-    asked = config("model", "store", cameras=CAMERAS[:1], frames=4, **changes)
-    assert task._compiles(asked, torch.device(device), None, images=4 * samples) == compiled
+    assert task._compiles(prefill_settings(**changes), torch.device(device), None, images=4 * samples) == compiled
 
 
 def test_without_triton_nothing_is_compiled_unasked(monkeypatch):
     monkeypatch.setattr(task, "has_kernels", lambda device: False)
-    assert not task._compiles(config("m", "s"), torch.device("cuda"), None, images=40_000)
+    assert not task._compiles(prefill_settings(), torch.device("cuda"), None, images=40_000)
 
 
 def test_a_compiled_run_stores_the_same_to_rounding_and_says_so(tiny_checkpoint, tmp_path, monkeypatch, relative_error):

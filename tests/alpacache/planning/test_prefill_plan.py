@@ -6,7 +6,14 @@ import pytest
 
 from alpacache.alpamayo.families import RELEASED
 from alpacache.errors import UsageError
-from alpacache.planning.prefill_plan import PrefillWork, choose_plan, hiding_group, streamed_plan
+from alpacache.planning.prefill_plan import (
+    PrefillWork,
+    choose_plan,
+    hiding_group,
+    place_of,
+    place_weights,
+    streamed_plan,
+)
 
 GIB = 2**30
 WORK = PrefillWork(
@@ -75,3 +82,27 @@ def test_what_fits_nowhere_is_refused_with_what_is_needed():
         choose(15.5, 8, asked="ram")
     with pytest.raises(UsageError, match=r"reasoning rollouts need the VLM's weights on the GPU, 1\d\.\d GiB"):
         choose(11.5, 64, replace(WORK, rollouts=True))
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "host_gib", "home", "tower_streams"),
+    [
+        (17.0, 0, "gpu", False),
+        (15.0, 64, "ram", False),
+        (15.0, 12, "files", False),
+        (1.0, 64, "ram", True),
+        (1.0, 12, "files", True),
+        (0.5, 64, None, True),
+        (15.0, 2, None, True),
+    ],
+)
+def test_weights_alone_go_where_a_plan_would_have_them(device_gib, host_gib, home, tower_streams):
+    room = {"device_bytes": int(device_gib * GIB), "host_bytes": int(host_gib * GIB)}
+    place = place_weights(WORK.geometry, 2, **room)
+    assert (place and place.home) == home
+    if place is not None:
+        assert place.tower_streams == tower_streams
+        assert place == place_of(WORK.geometry, 2, home, tower_streams=tower_streams)
+        nothing = replace(WORK, tokens=1, image_tokens=1, stored_bytes=0, pixel_bytes=0, rows=1, ahead=0, samples=1)
+        beside = choose_plan(nothing, device_bytes=room["device_bytes"] + 2**28, host_bytes=room["host_bytes"] + 2**28)
+        assert (beside.home, beside.tower_streams) == (home, tower_streams)

@@ -20,11 +20,13 @@ from alpacache.extraction.config import ExtractConfig
 from alpacache.planning.gpus import GPUS
 from alpacache.planning.memory_model import memory_plan
 from alpacache.planning.workload import MAX_DRAWS, Workload, expert_sizes
-from alpacache.training import auto_settings, run_inputs
+from alpacache.training import auto_settings, resume_check
 from alpacache.training.auto_settings import batch_seconds
 from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples
 from alpacache.training.run_directory import RunCheckpoint, RunDirectory
+from alpacache.training.run_inputs import RunInputs
+from alpacache.training.train import _with_kept_settings
 from cache_store import CacheReader, CorruptSampleError
 
 CPU = torch.device("cpu")
@@ -85,8 +87,8 @@ ONE, FOUR = (["a", "b"], identity(["front"])), (["a", "b"], identity(["front", "
 def record(*stores, paths=None, **changes):
     paths = paths or tuple(f"cache/{number}" for number in range(len(stores)))
     values = {"steps": 3, "micro_batch": 2} | changes
-    settings = asdict(run_inputs.restore_settings(TrainConfig(stores=paths, model="tiny", out="run", **values)))
-    return run_inputs.settings_record(settings, run_inputs.stores_record(paths, Stores(*stores)), processes=1)
+    settings = asdict(_with_kept_settings(TrainConfig(stores=paths, model="tiny", out="run", **values)))
+    return resume_check.settings_record(settings, resume_check.stores_record(paths, Stores(*stores)), processes=1)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +104,14 @@ def record(*stores, paths=None, **changes):
 )
 def test_a_run_goes_on_with_its_own_samples_alone(now, message):
     with pytest.raises(UsageError, match=f"^run was begun with other samples:\n  {message}(.|\n)*another --out"):
-        run_inputs.check_unchanged(record(ONE, FOUR), record(*now), run="run")
+        resume_check.check_unchanged(record(ONE, FOUR), record(*now), run="run")
 
 
 def test_stores_may_move_and_a_revision_may_be_forgotten():
     moved = record((ONE[0], identity(["front"], None)), FOUR, paths=("elsewhere/0", "elsewhere/1"), keep=7)
-    run_inputs.check_unchanged(record(ONE, FOUR), moved, run="run")
+    resume_check.check_unchanged(record(ONE, FOUR), moved, run="run")
     with pytest.raises(UsageError, match=r"seed: the run has 0, now 1\nRepeat them"):
-        run_inputs.check_unchanged(record(ONE), record(ONE, seed=1), run="run")
+        resume_check.check_unchanged(record(ONE), record(ONE, seed=1), run="run")
 
 
 @pytest.mark.parametrize(
@@ -130,24 +132,24 @@ def test_equal_settings_in_another_form_are_equal(one, other):
             first = first | {"epochs": first["epochs"] * 4}
         if second.get("epochs"):
             second = second | {"epochs": second["epochs"] * 4}
-        run_inputs.check_unchanged(record(ONE, **first), record(ONE, **second), run="run")
+        resume_check.check_unchanged(record(ONE, **first), record(ONE, **second), run="run")
 
 
 def test_what_an_older_version_left_open_is_not_compared_and_a_real_change_named():
     before = record(ONE) | {"optimizer": "auto"}
-    run_inputs.check_unchanged(before, record(ONE) | {"optimizer": "adamw"}, run="run")
+    resume_check.check_unchanged(before, record(ONE) | {"optimizer": "adamw"}, run="run")
     with pytest.raises(UsageError, match=r"optimizer: the run has 'adamw', now 'adamw8'"):
-        run_inputs.check_unchanged(before | {"optimizer": "adamw"}, record(ONE) | {"optimizer": "adamw8"}, run="run")
+        resume_check.check_unchanged(before | {"optimizer": "adamw"}, record(ONE) | {"optimizer": "adamw8"}, run="run")
     former = {key: value for key, value in before.items() if key != "label_rule"}
-    run_inputs.check_unchanged(former, former | {"label_rule": "unguarded"}, run="run")
+    resume_check.check_unchanged(former, former | {"label_rule": "unguarded"}, run="run")
     former = {key: value for key, value in former.items() if key != "prefix"}
-    run_inputs.check_unchanged(former, former | {"prefix": "direct"}, run="run")
+    resume_check.check_unchanged(former, former | {"prefix": "direct"}, run="run")
     with pytest.raises(UsageError, match="prefix: the run has 'direct', now 'mix'"):
-        run_inputs.check_unchanged(former, former | {"prefix": "mix"}, run="run")
+        resume_check.check_unchanged(former, former | {"prefix": "mix"}, run="run")
     with pytest.raises(UsageError, match="label_rule: the run has 'unguarded', now 'guarded'"):
-        run_inputs.check_unchanged(former, former | {"label_rule": "guarded"}, run="run")
+        resume_check.check_unchanged(former, former | {"label_rule": "guarded"}, run="run")
     with pytest.raises(UsageError, match=r"steps: the run has 3, now 4\nRepeat"):
-        run_inputs.check_unchanged(record(ONE), record(ONE, steps=None, epochs=16.0), run="run")
+        resume_check.check_unchanged(record(ONE), record(ONE, steps=None, epochs=16.0), run="run")
 
 
 def test_what_a_run_was_begun_with_need_not_be_repeated(tmp_path, run_state):
@@ -158,20 +160,20 @@ def test_what_a_run_was_begun_with_need_not_be_repeated(tmp_path, run_state):
 
     def found(config):
         names = ("seed", "draws", "ema", "ema_every", "label_rule")
-        return [getattr(run_inputs.restore_settings(config), name) for name in names]
+        return [getattr(_with_kept_settings(config), name) for name in names]
 
     # The run is one of before labels had a rule.
     assert found(config) == [7, 4, 0.9, 4, "unguarded"]
     assert found(replace(config, seed=0, ema=0.5, label_rule="guarded")) == [0, 4, 0.5, 4, "guarded"]
     assert found(replace(config, resume=False)) == [0, 1, None, 100, "guarded"]
-    assert run_inputs.restore_settings(config).prefix == "direct"  # nor was there a choice of prefixes
+    assert _with_kept_settings(config).prefix == "direct"  # nor was there a choice of prefixes
 
 
 def test_settings_that_differ_from_the_last_call_are_told():
-    before = run_inputs.free_settings({"keep": 2, "stores": ("a",), "ema": None, "seed": 1, "resume": False})
+    before = resume_check.free_settings({"keep": 2, "stores": ("a",), "ema": None, "seed": 1, "resume": False})
     assert before == {"keep": 2, "stores": ["a"], "ema": None}
-    now = run_inputs.free_settings({"keep": 1, "stores": ("a",), "ema": 0.9, "patience": 3})
-    assert run_inputs.differing_settings(before, now) == ["keep 2 -> 1", "ema null -> 0.9"]
+    now = resume_check.free_settings({"keep": 1, "stores": ("a",), "ema": 0.9, "patience": 3})
+    assert resume_check.differing_settings(before, now) == ["keep 2 -> 1", "ema null -> 0.9"]
 
 
 def test_places_on_this_machine_are_recorded_whole_and_compared_so(tmp_path, monkeypatch):
@@ -184,11 +186,11 @@ def test_places_on_this_machine_are_recorded_whole_and_compared_so(tmp_path, mon
     assert (whole.model, whole.val, whole.out) == (f"{tmp_path}/owner/model", f"{tmp_path}/val", "run")
     assert whole.stores == (f"{tmp_path}/store=2", f"{tmp_path}/other=0.5x", "s3://bucket/store=3", "away")
     assert replace(typed, model="nvidia/model").with_absolute_places().model == "nvidia/model"
-    before, now = (run_inputs.free_settings(asdict(config)) for config in (typed, whole))
-    assert run_inputs.differing_settings(before, now) == []  # as older versions recorded it
+    before, now = (resume_check.free_settings(asdict(config)) for config in (typed, whole))
+    assert resume_check.differing_settings(before, now) == []  # as older versions recorded it
     monkeypatch.chdir("/")
     assert whole.with_absolute_places() == whole
-    assert len(run_inputs.differing_settings(before, now)) == 3
+    assert len(resume_check.differing_settings(before, now)) == 3
 
 
 @pytest.mark.parametrize(
@@ -204,9 +206,9 @@ def test_processes_that_see_different_things_refuse(tiny_checkpoint, store, tmp_
     out = tmp_path / "run"
     config = TrainConfig(stores=(str(store),), model=str(tiny_checkpoint), out=str(out), steps=3, batch_size=4, seed=0)
     world = Beside(rank=0, size=2, device=CPU)
-    assert run_inputs.RunInputs(config, world).total == 3
+    assert RunInputs.of(config, world).total == 3
     with pytest.raises(UsageError, match=f"2 processes of .* do not see the same:\n  {message}\nNothing was changed"):
-        run_inputs.RunInputs(config, replace(world, theirs=theirs))
+        RunInputs.of(config, replace(world, theirs=theirs))
 
 
 GPU = torch.device("cuda")

@@ -322,7 +322,7 @@ def test_another_prompt_is_warned_of_where_nobody_chose_it(earlier, renamed_15, 
         return identity
 
     if earlier:
-        monkeypatch.setattr("alpacache.extraction.task.store_identity", without_evidence)
+        monkeypatch.setattr("alpacache.extraction.target_store.store_identity", without_evidence)
     store, plain = tmp_path / "store", {"camera_names": False, "frame_numbers": False}
     common = {"source": "synthetic:4", "model": str(renamed_15), "frames": 1, "device": "cpu"}
     alpacache.extract(ExtractConfig(**common, store=str(store), **plain))
