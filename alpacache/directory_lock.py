@@ -191,7 +191,7 @@ def _place() -> str:
 
 
 def _started(pid: object) -> str | None:
-    """When a process began, in the kernel's ticks, as numbers of processes come again; None if there is none."""
+    """Time at which a process began, in the kernel's ticks; None if there is none. Numbers of processes come again."""
     with suppress(OSError, IndexError, ValueError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None

@@ -12,7 +12,7 @@ _MOST = 1024
 
 
 def check_choice(written: Any) -> Any:
-    """What is written, if it is a choice among however many layers. Raises `ValueError` with what was expected."""
+    """Return a text that is a choice among however many layers. Raises `ValueError` with what was expected."""
     try:
         chosen_layers(written, None)
     except (AttributeError, ValueError):

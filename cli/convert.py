@@ -199,7 +199,7 @@ def _mounts(clips: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _told(clips: Sequence[dict[str, Any]]) -> list[str]:
-    """What each drive's report tells, such as how well its poses are known."""
+    """Facts that each drive's report tells, such as how well its poses are known."""
     found = {clip["drive"]: clip.get("told", {}) for clip in clips}
     said = [f"{drive}: {key} {text}" for drive, facts in found.items() for key, text in facts.items()]
     return said[: output.SHOWN] + output.more_lines(said)

@@ -63,7 +63,7 @@ class CompiledLayers:
         images: int = 1,
         **named: Any,
     ) -> Tensor:
-        """In place of a block's forward; `images` of one size, or 1 and `cu_seqlens` tells the images apart."""
+        """Takes the place of a block's forward; `images` of one size, or 1 and `cu_seqlens` tells the images apart."""
         if images > 1 and not self._failed:
             apart = (each.view(images, -1, each.shape[1]) for each in (hidden_states, *position_embeddings))
             made = self._compiled(self._vision, *apart, weights=VisionWeights.of(block))

@@ -59,9 +59,9 @@ class TextRows:
     image_places: Tensor | None = None
     """Indices of the image tokens among the `B * T`."""
     deepstack: list[Tensor] = field(default_factory=list)
-    """For each of the first layers what is added to its image tokens, `[images' tokens, C]`."""
+    """Additions to the image tokens after each of the first layers, `[images' tokens, C]`."""
     run_layer: "RunLayer" = field(default_factory=lambda: run_layer)
-    """What takes the rows through one layer."""
+    """Takes the rows through one layer."""
 
     def advance(self, number: int, layer: nn.Module, kv: LayerKV) -> None:
         """Go through layer `number`, whose keys and values are appended to `kv`."""

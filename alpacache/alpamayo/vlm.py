@@ -88,7 +88,7 @@ class FrozenVLM:
 
     @torch.inference_mode()
     def _through(self, rows: PromptRows) -> list[tuple[PrefixFeatures, dict[str, Tail]]]:
-        """What all layers make of the prompts."""
+        """Take the prompts through all layers."""
         text: Any = self.model.language_model
         cache = [rows.advance(number, layer) for number, layer in enumerate(text.layers)]
         return rows.features(cache, text.norm(rows.prompts.hidden))

@@ -24,7 +24,7 @@ class WeightStream:
         self._pool = ThreadPoolExecutor(1, "weights")
         self._offered: list[Future[tuple[nn.Module, torch.cuda.Event | None]]] = []
         self._flags: dict[str, Tensor] = {}
-        """Whether each tensor is finite, of the units that have come so far and were not asked yet."""
+        """Flag by tensor: True if it is finite; for units that have come and were not asked yet."""
         self._filled = 0
 
     @property

@@ -94,7 +94,7 @@ class Batch:
     stored: tuple[int, ...]
     """Tokens of stem and direct tail, as the store has them."""
     stems: tuple[int, ...]
-    """How many of those are attended to: all of them, or the stem, which the tail of a rollout follows."""
+    """Number of those that are attended to: all of them, or the stem, which the tail of a rollout follows."""
     starts: tuple[int, ...]
     """Position of each sample's first action token."""
     turns: tuple[Turn, ...]
@@ -150,11 +150,11 @@ class BatchRing:
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._last_done: torch.cuda.Event | None = None
         self._part = 0
-        """Which part of the rows the next batch takes."""
+        """Part of the rows that the next batch takes."""
         self._in_use = [False] * rows.batches
         self._free = [self._event()] * rows.batches  # after whatever the rows were used for before
         self._requests_in: list[SampleRequest | None] = [None] * len(rows.data)
-        """What was requested for each row."""
+        """Request that fills each row."""
         self._copying: deque[tuple[PrefetchedSample[SampleRequest], torch.cuda.Event]] = deque()
 
     def __enter__(self) -> Self:
@@ -352,5 +352,5 @@ def _elements(data: Tensor, layout: PrefixLayout, tokens: int) -> Tensor:
 
 
 def samples_ahead(batch_size: int) -> int:
-    """How many samples may be between disk and device unless told otherwise."""
+    """Number of samples that may be between disk and device unless told otherwise."""
     return max(4, 2 * batch_size)

@@ -104,7 +104,7 @@ class StoredPrefix:
     stored: int
     """Tokens of these."""
     stem: int
-    """How many of them are attended to: all without a tail."""
+    """Number of them that are attended to: all without a tail."""
     tail_kv: Tensor | None = None
     """Bytes of the tail of a rollout."""
     tail: int = 0

@@ -133,7 +133,7 @@ class ChosenSamples:
     """The samples that a choice came to."""
 
     indices: NDArray[np.int64]
-    """In the order of the table."""
+    """Chosen rows, in the order of the table."""
     weights: Floats | None
     """Weight of each, above 0; None where all are alike."""
     of: int

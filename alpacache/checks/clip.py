@@ -61,7 +61,7 @@ class ClipFindings:
     targets: Targets | None = None
     turns: list[Turn] = field(default_factory=list)
     bends: list[bool] = field(default_factory=list)
-    """Of samples that come without a recording: True where the yaw rate changes at t0 as nowhere after it."""
+    """Flags of samples that come without a recording: True where the yaw rate changes at t0 as nowhere after it."""
     seams: list[Seam] = field(default_factory=list)
     """Seams of samples that come without a recording."""
     moments: list[Moment] = field(default_factory=list)
@@ -69,7 +69,7 @@ class ClipFindings:
     glimpses: list[Glimpse] = field(default_factory=list)
     """Glimpses of the front camera."""
     swapped: list[bool] = field(default_factory=list)
-    """For each picture that tells: True if red and blue look swapped."""
+    """Flags of pictures that tell: True if red and blue look swapped."""
     speeds_mps: list[float] = field(default_factory=list)
     """Mean speed of each usable sample."""
     strata: list[str] = field(default_factory=list)

@@ -110,12 +110,12 @@ class LagCurve:
     error_s: float | None
     """Standard error of the best lag, by leaving out each eighth."""
     drift: float | None
-    """By how much the lag grows each second; None unless that is clear, `likeness` is then that with this drift."""
+    """Growth of the lag each second; None unless that is clear, and then `likeness` is that with this drift."""
     drift_error: float | None
     span_s: tuple[float, float] | None
     """First and last lag if it grows: at the beginning and at the end of what was compared."""
     focal_px: float | None
-    """How far the picture moves for each radian of a turn, in pixels of 256 across; None if no lag is clear."""
+    """Pixels of 256 across that the picture moves for each radian of a turn; None if no lag is clear."""
     seconds: float
     """Length of film that was compared."""
     clips: tuple[str, ...]

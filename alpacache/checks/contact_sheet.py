@@ -36,7 +36,7 @@ FRONT_PX = 480
 """Width of a front frame."""
 _MIN_WIDTH_M = 16.0
 _EPOCH_US = 10**15
-"""From 2001 on, or 31 years into a clip."""
+"""Least time that is taken as one since 1970 (this is in 2001); a clip's own clock would have run for 31 years."""
 
 
 def contact_sheet_png(samples: Sequence[Sample], *, title: str) -> bytes:

@@ -18,5 +18,5 @@ def glance(source: RecordedSource, clip_id: str, times_us: NDArray[np.int64], *,
 
 
 def most_at_once(source: RecordedSource) -> int:
-    """How many frames to ask for at once: each reading of a film begins anew at a key frame."""
+    """Number of frames to ask for at once: each reading of a film begins anew at a key frame."""
     return MOST_SMALL if isinstance(source, GlancedSource) else MOST

@@ -19,7 +19,7 @@ NAME = "routes"
 CLEAR_HEADING_RAD = np.deg2rad(10.0)
 """Heading change from which on a path clearly turns."""
 MIN_CLEAR, FAIL_SHARE = 10, 0.8
-"""So many moments that clearly turn, so large a share of them the other way: then it is no accident."""
+"""Moments that clearly turn, and share of them that turn the other way, from which on it is no accident."""
 WARN_SHARE = 0.1
 _NAMED = 3
 """Clips that are named."""

@@ -117,7 +117,7 @@ class SourceReport:
     speeds_mps: dict[str, float]
     """`median`, `p95` and `max` of the samples' mean speeds; empty without samples."""
     lag_curve: LagCurve | None
-    """How well the front camera's pictures fit the poses at each lag; None if that cannot be told."""
+    """Likeness of the front camera's pictures to the poses at each lag; None if that cannot be told."""
     routes: RoutesReport | None
     """What navigation texts say; None where they were not asked for."""
     shown: tuple[Sample, ...]

@@ -46,7 +46,7 @@ _TEXTS = {"left": "Turn left", "right": "Turn right", "straight": "Go straight"}
 _NO_TURN = ("lanefollow", "void", "none", "")
 """Commands that end a route: following the lane is no turn."""
 STEERED, TURNING_RADPS, MOVING_MPS, LEAST_ROWS = 0.02, 0.02, 1.0, 10
-"""Rows count where the wheel is turned and the vehicle turns and moves by more than this; so many are needed."""
+"""Least steering, turning and speed for a row to be compared, and the number of such rows that is needed."""
 AGREE = 0.75
 """Share of such rows that must agree."""
 SAME_PLACE_M = 0.05
@@ -96,7 +96,7 @@ def drives(place: Path, *, axes: Axes | None = None) -> Iterator[LoggedDrive | D
 
 
 def _runs(place: Path) -> list[Path]:
-    """Runs in a place: itself, or the folders in it. Raises `SourceError`."""
+    """Find the runs of a place: itself, or the folders in it. Raises `SourceError`."""
     if place.is_file() or _is_run(place):
         return [place]
     if not place.is_dir():
@@ -413,7 +413,7 @@ def _time_us(line: Mapping[str, Any]) -> int:
 def _sound(
     states: Sequence[tuple[int, list[float]]], dropped: list[Dropped], where: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Times and finite rows in order. Raises `BadClipError` for fewer than two."""
+    """Keep finite rows, in the order of time. Raises `BadClipError` for fewer than two."""
     times = np.array([time for time, _ in states], np.int64)
     rows = np.array([row for _, row in states], np.float64).reshape(-1, 6)
     finite = (np.abs(rows) < MAX_VALUE).all(axis=1)
@@ -435,7 +435,7 @@ def _word(command: str) -> str:
 
 
 def _changes(commands: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Times at which the text changes; a run that only follows its lane has none."""
+    """Find the times at which the text changes; a run that only follows its lane has none."""
     routes: list[tuple[int, str]] = []
     for time, command in sorted(commands, key=lambda item: item[0]):
         text = _TEXTS.get(_word(command), "")
@@ -447,7 +447,7 @@ def _changes(commands: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """Facts from the run's summary, if it has one."""
+    """Read facts from the run's summary, if it has one."""
     try:
         summary = strict_json.loads(read_regular(folder / SUMMARY, limit_bytes=_MAX_JSON_BYTES))
     except (OSError, ValueError):

@@ -116,7 +116,7 @@ def _array(file: Path) -> Any:
 
 
 def _by_number(segment: Path) -> tuple[Sequence[str], int, str]:
-    """Segment 9 before segment 10."""
+    """Sort key that puts segment 9 before segment 10."""
     number = int(segment.name) if segment.name.isascii() and segment.name.isdigit() and len(segment.name) < 10 else -1
     return segment.parent.parts, number, segment.name
 

@@ -59,7 +59,7 @@ class CutBagLog:
         return self._topics
 
     def messages(self, topics: Collection[str], *, start: Position | None = None) -> Iterator[Message]:
-        """See `MessageLog`. A position is the place of a chunk and a number in it."""
+        """Messages as `MessageLog` has them. A position is the place of a chunk and a number in it."""
         first, offset = (0, 0) if start is None else start[:2]
         decoders: dict[_Connection, Callable[[bytes], Any]] = {}
         for number in range(first, len(self._files)):

@@ -26,7 +26,7 @@ class Dropped:
     """Something that is in the log and not in the folder."""
 
     what: str
-    """Such as `poses`, `front_wide frames`, `drives`: what is counted."""
+    """Name of what is counted, such as `poses`, `front_wide frames`, `drives`."""
     count: int
     reason: str
     """Why, in words that follow "because" or name what was found, with the first place where."""
@@ -48,7 +48,7 @@ class Arrays:
 
     times_us: NDArray[np.int64]
     read: Callable[[int, int], Iterator[NDArray[np.uint8]]]
-    """Like `Pictures.read`."""
+    """Frames from one number up to, and without, another, as `Pictures.read` gives them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

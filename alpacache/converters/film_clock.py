@@ -1,4 +1,4 @@
-"""When the first frame of a film was taken, found from how the film turns.
+"""Finds when the first frame of a film was taken, by how the film turns.
 
 A camera's own clock is seconds or time zones off. But a film moves sideways in every turn, and a log says how the
 vehicle turned: where both movements are alike, and nowhere else, the film belongs. On a drive without turns it cannot
@@ -60,7 +60,7 @@ class FilmStart:
 
 
 def shown_us(film: Path) -> NDArray[np.int64]:
-    """When each frame of a film is shown, from its first on, in the order in which they are. Raises `BadClipError`."""
+    """Times at which frames are shown, from the film's first on, in the order of showing. Raises `BadClipError`."""
     times = []
     with opened(film, formats=FORMATS) as (container, stream):
         for packet in container.demux(stream):
@@ -78,7 +78,7 @@ def shown_us(film: Path) -> NDArray[np.int64]:
 
 
 def first_shown_s(film: Path) -> float:
-    """When the first frame is shown, on the clock of all of the film's streams. Raises `BadClipError`."""
+    """Time at which the first frame is shown, on the clock of all of the film's streams. Raises `BadClipError`."""
     with opened(film, formats=FORMATS) as (container, stream):
         packets = islice((packet for packet in container.demux(stream) if packet.size), REORDERED)
         shown = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]

@@ -25,14 +25,14 @@ OFTEN_S = 0.3
 MAX_HOLE_S = 0.5
 """Longest time without the vehicle's own speed and yaw rate."""
 MIN_STILL_S = 1.0
-"""Standing so long tells the yaw rate's bias."""
+"""Least standstill from which the yaw rate's bias is taken."""
 GRID_S = 0.1
-"""Poses are written at least so often."""
+"""Longest step between two poses that are written."""
 PLACE_M, SPEED_MPS, COURSE_RAD = 0.5, 0.15, 0.006
 """Errors of a receiver that does not tell its own, from one fix to the next: 10 Hz against a fused pose they were
 0.26 m, 0.11 m/s and 0.32 degrees at 9 m/s and more."""
 HEIGHT = 2.0
-"""Heights are worse than places by this factor."""
+"""Factor by which heights are worse than places."""
 MIN_COURSE_MPS = 1.0
 """Speed from which a receiver's course is taken."""
 STILL_MPS = 0.05
@@ -225,7 +225,7 @@ class _Chord:
 
 
 def _chords(seconds: Floats, xyz: Floats, *, far_m: float = 4.0) -> _Chord:
-    """Raises `UnusableError` for a vehicle that does not get anywhere."""
+    """Lay chords along the path. Raises `UnusableError` for a vehicle that does not get anywhere."""
     kept = [0]
     for row in range(1, len(xyz)):
         if np.hypot(*(xyz[row, :2] - xyz[kept[-1], :2])) >= far_m:

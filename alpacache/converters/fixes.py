@@ -361,7 +361,7 @@ def _delimiter(text: str) -> str:
 
 
 def _refuse_leap(text: str, second: str) -> None:
-    """Times behind a leap second would follow those before it a second too soon. Raises `UnusableError`."""
+    """Refuse a log across a leap second: times behind it would come a second too soon. Raises `UnusableError`."""
     if second == "60":
         raise UnusableError(f"{text[:40]} is a leap second, which a clock of 1970 does not have; cut the log there")
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from alpacache.driving.sample import Floats
 
 EQUATOR_M, FLATTENING = 6_378_137.0, 1 / 298.257223563
-"""Half the long axis, and how much shorter the other one is (NIMA TR8350.2)."""
+"""Half of the long axis, and the share by which the short one is shorter (NIMA TR8350.2)."""
 SQUARED = FLATTENING * (2 - FLATTENING)
 """Eccentricity, squared."""
 

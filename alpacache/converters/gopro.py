@@ -1,4 +1,4 @@
-"""What a GoPro writes into its films beside pictures: fixes of its satellite receiver, on the film's own clock.
+"""Fixes of the satellite receiver that a GoPro writes into its films beside pictures, on the film's own clock.
 
 GPMF (github.com/gopro/gpmf-parser) is records of a key, a type and values, nested, about a second in each packet of a
 data stream. `GPS5` (HERO5 to 10, MAX) are places and speeds without times of their own: the receiver gives them
@@ -24,7 +24,7 @@ from alpacache.driving.sample import Floats
 from alpacache.sources.film_index import FORMATS
 
 DEEPEST = 8
-"""Most records within records; cameras have three."""
+"""Deepest nesting of records that is read; cameras have three levels."""
 MOST_UNEVEN_S = 0.25
 """Most that a packet may be away from the line through all of them."""
 _TYPES = {"b": "i1", "B": "u1", "s": ">i2", "S": ">u2", "l": ">i4", "L": ">u4", "f": ">f4", "d": ">f8", "J": ">u8"}
@@ -43,7 +43,7 @@ class Record(NamedTuple):
 
 
 def records(data: bytes) -> Iterator[Record]:
-    """The records that lie behind each other in `data`. Raises `ValueError` for one that is not whole."""
+    """Yield the records that follow one another in `data`. Raises `ValueError` for one that is not whole."""
     at = 0
     while at + 8 <= len(data) and data[at : at + 4] != bytes(4):
         key, kind, size, count = struct.unpack_from(">4scBH", data, at)
@@ -93,7 +93,7 @@ class _Packet:
     rows: Floats
     """`[N, 5]` or `[N, 9]`: degrees, degrees, m, m/s, m/s, and of `GPS9` days since 2000, seconds, dilution, fix."""
     fixed: bool
-    """Whether the packet itself says that it has a fix, as for `GPS5` it does."""
+    """True if the packet itself says that it has a fix, as one of `GPS5` does."""
 
 
 def film_fixes(film: Path) -> Fixes | None:

@@ -39,7 +39,7 @@ READS = (
 )
 LOGS = (".gpx", ".nmea", ".csv", ".txt", ".log")
 CERTAIN = (".gpx", ".nmea", ".csv")
-"""Of these what no other text is called."""
+"""Endings of logs that no other text has."""
 VEHICLE = ".vehicle.csv"
 MAX_GAP_S = 1.5
 """Time without a fix after which a new stretch begins; with a vehicle's speed and yaw rate `MAX_OUTAGE_S`."""

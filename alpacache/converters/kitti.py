@@ -278,7 +278,7 @@ def _pictures(drive: Path, source: str, stamps: Mapping[int, int], name: str, dr
 
 
 def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    """Number in the name -> file."""
+    """Find files by the number in their name."""
     if not folder.is_dir():
         raise UnusableError(f"{folder} does not exist")
     found = ((re.fullmatch(pattern, entry.name, re.IGNORECASE), entry) for entry in folder.iterdir())

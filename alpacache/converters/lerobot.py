@@ -64,7 +64,7 @@ L2D_CAMERA = "observation.images.front_left"
 MOST_SKIPPED = 10
 """Most frames that the beginning of a part gives up to begin at a key frame."""
 TASK, TASK_INDEX = "task", "task_index"
-"""What a route can be read from where it is no column: the index's text of each row's task."""
+"""Names under which `--map route=` takes the index's text of each row's task, which is no column."""
 SESSION = "session_id"
 """A column whose name ends so tells which drive a row is of."""
 
@@ -178,7 +178,7 @@ def _track_of_metres(times_us: NDArray[np.int64], values: Mapping[str, Floats]) 
 
 
 def _windows(data_set: DataSet, wanted: Mapping[str, str], dropped: list[Dropped]) -> list[Window]:
-    """When each episode was recorded."""
+    """Window of each episode's recording."""
     windows: list[Window] = []
     for episode in data_set.episodes:
         try:
@@ -189,7 +189,7 @@ def _windows(data_set: DataSet, wanted: Mapping[str, str], dropped: list[Dropped
 
 
 def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> Window:
-    """When an episode was recorded. Raises `BadClipError`."""
+    """Window of an episode's recording. Raises `BadClipError`."""
     time = next((name for name in wanted if name in TIMES_US), None)
     session = next((column for column in data_set.features if column.endswith(SESSION)), None)
     names = {"timestamp", *([session] if session else []), *([_column(data_set, wanted[time])[0]] if time else [])}
@@ -223,7 +223,7 @@ def _window(data_set: DataSet, episode: Episode, wanted: Mapping[str, str]) -> W
 def _routes(
     data_set: DataSet, table: Any, part: Rows, rows: slice, wanted: Mapping[str, str], dropped: list[Dropped]
 ) -> list[tuple[int, str]]:
-    """Times at which the text changes."""
+    """Find the times (us) at which the text changes, with the text that holds from then on."""
     if "route" not in wanted:
         return []
     routes: list[tuple[int, str]] = []

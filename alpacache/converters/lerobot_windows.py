@@ -19,7 +19,7 @@ from alpacache.driving.sample import Floats, split_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """When an episode's rows were recorded."""
+    """Span of time in which an episode's rows were recorded."""
 
     episode: Episode
     times_us: NDArray[np.int64]
@@ -70,7 +70,7 @@ def _cover(windows: Sequence[Window], drive: str) -> Iterator[Rows]:
 
 
 def _named_by_side(rows: Sequence[Rows]) -> list[Rows]:
-    """With names of clips: all of a drive fall on the side of the split on which its own name does."""
+    """Name the clips so that all of a drive fall on the side of the split on which its own name does."""
     of_drive, numbers = Counter(part.drive for part in rows), Counter[str]()
     named = []
     for part in rows:

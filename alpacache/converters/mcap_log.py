@@ -56,7 +56,7 @@ class McapLog:
         return self._topics
 
     def messages(self, topics: Collection[str] | None, *, start: Position | None = None) -> Iterator[Message]:
-        """See `MessageLog`; None for all topics."""
+        """Messages as `MessageLog` has them; None for all topics."""
         first, offset = (0, 0) if start is None else start[:2]
         for number in range(first, len(self._files)):
             yield from self._of_file(number, topics, offset if number == first else 0)

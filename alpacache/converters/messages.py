@@ -39,7 +39,7 @@ class Message(NamedTuple):
 
     topic: str
     log_ns: int
-    """When it was written to the log."""
+    """Time at which it was written to the log."""
     position: Position
     read: Callable[[], Any]
 

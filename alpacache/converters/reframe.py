@@ -40,7 +40,7 @@ class Reframe:
 
     @property
     def changes(self) -> list[str]:
-        """What is done, in this order, as an index of recordings names it."""
+        """Changes that are made, in this order, as an index of recordings names them."""
         return [name for name in ("undistort", "crop", "pad") if getattr(self, name)]
 
     def drives(self, drives: Iterable[LoggedDrive | Dropped]) -> Iterator[LoggedDrive | Dropped]:

@@ -37,7 +37,7 @@ class FilmFrames(NamedTuple):
     """Number of the packet's frame, in the order in which frames are shown; -1 for one that an edit list hides."""
     keys: NDArray[np.bool_]
     times: NDArray[np.int64] | None
-    """When it is shown, in the film's own units; None for a raw stream."""
+    """Times at which frames are shown, in the film's own units; None for a raw stream."""
 
     @property
     def total(self) -> int:

@@ -37,7 +37,7 @@ class RosbagLog:
             }
 
     def messages(self, topics: Collection[str], *, start: Position | None = None) -> Iterator[Message]:
-        """See `MessageLog`. A position is a time of arrival and a number among a topic's messages of that time."""
+        """Messages as `MessageLog` has them. A position is a time of arrival and a number among the topic's at it."""
         with self._opened() as reader:
             connections = [connection for connection in reader.connections if connection.topic in topics]
             if not connections:
@@ -131,7 +131,7 @@ def _check_definitions(reader: Any) -> None:
 
 
 def decoder_of(name: str, definition: str, encoding: str) -> Callable[[bytes], Any]:
-    """What decodes messages of a type with this definition: `ros1msg`, or `ros2idl`. Raises `SourceError`."""
+    """Decoder of messages of a type with this definition: `ros1msg`, or `ros2idl`. Raises `SourceError`."""
     from rosbags.typesys import Stores, get_typestore
 
     store, types = get_typestore(Stores.EMPTY), message_types(name, definition, encoding)

@@ -14,7 +14,7 @@ from alpacache.driving.sample import Floats
 JERK = 5.0
 """Spectral density of the jerk, (m/s³)²/Hz: that of a car which brakes and turns in. Slower changes than 2 s pass."""
 FIRST_SPREAD = np.array([1e3, 50.0, 5.0])
-"""What is known beforehand of position (m), velocity (m/s) and acceleration (m/s²): next to nothing."""
+"""Standard deviations of position (m), velocity (m/s) and acceleration (m/s²) before the first fix: next to unknown."""
 
 
 class Smoothed(NamedTuple):

@@ -30,7 +30,7 @@ from alpacache.errors import BadClipError, UsageError
 READS = "the folder that the simulator wrote, with driving_log.csv and IMG/"
 MPS_A_MPH = 0.44704
 MAX_GAP_S = 0.5
-"""At a longer hole between two rows, be it a pause or one that the simulator left, a new drive begins."""
+"""Longest hole between two rows of one drive, be it a pause or one that the simulator left."""
 FULL_LOCK_DEG = 23.5
 """An assumption: the simulator's wheels turn by 25 degrees, but its tyres slip. With 25 the paths of the recordings
 that were tried turned too far, and about 23.5 fitted them; other speeds and tracks may want another."""

@@ -56,7 +56,7 @@ _FLUSHING = 16
 _MAX_REPORT_BYTES = 2**28
 _LONGEST_NAME = 120
 _SUMMARY = {"name": str, "drive": str, "seconds": float, "poses": int, "routes": int, "cameras": dict}
-"""What a clip's record says of it."""
+"""Keys and types of what a clip's record says of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,7 @@ class DemoReport:
 
     @property
     def open_loop(self) -> dict[str, dict[str, str]]:
-        """By label, what the evaluation says of the same models in few words, to stand beside the closed loop."""
+        """Label -> the evaluation of the same model in a few words, to stand beside the closed loop."""
         return open_loop(self.evaluation.summary)
 
 
@@ -110,7 +110,7 @@ def run_demo(out: Path | str, *, seed: int = 0, size: DemoSize | None = None, st
 
 
 def open_loop(summary: EvalSummary) -> dict[str, dict[str, str]]:
-    """By label, minADE, ADE and share of the turn over all samples."""
+    """Label -> minADE, ADE and share of the turn over all samples."""
     stratum = summary.strata["all"]
     told: dict[str, dict[str, str]] = {}
     for label in summary.models:

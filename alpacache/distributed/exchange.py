@@ -95,7 +95,7 @@ class CopyExchange(CollectiveExchange):
         slot_bytes = (BUCKET_BYTES + largest) // world.size
         buffers = memory.empty(_SLOTS * (world.size - 1) * slot_bytes, torch.uint8)
         self._slots = [buffer.view(_SLOTS, world.size - 1, slot_bytes) for buffer in buffers]
-        """By rank `[slot, sender, bytes]`; senders are counted on from the receiver."""
+        """Buffers by rank, `[slot, sender, bytes]`; senders are counted on from the receiver."""
         cuda = world.device.type == "cuda"
         # Of high priority: behind the step's kernels, which fill the GPU, sums would only be added at its end.
         self._copying, self._adding = (

@@ -34,7 +34,7 @@ class ShardedUpdate:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, memory: PeerMemory | None = None) -> None:
-        """With `memory`, processes write into each other's, and sharded parameters are moved there."""
+        """Choose shards; with `memory`, processes write into each other's, and sharded parameters are moved there."""
         self.world = world
         self.shards = _choose_shards(parameters, world, CollectiveExchange if memory is None else CopyExchange)
         """Elements (flattened) that this process updates, by parameter name; names without an entry: all of them."""

@@ -41,7 +41,7 @@ _SEED = 4000
 """Seed of the roads, less the number of their kind: no other source of ours has it."""
 
 Follow = Callable[[DrivenPaths], tuple[Floats, Floats]]
-"""Which positions `[64, 3]` and headings `[64]` (ego frame) of the predicted paths the car follows."""
+"""Chooses the positions `[64, 3]` and headings `[64]` (ego frame) that the car follows among the predicted paths."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class LoopSummary:
 
 
 def loop_roads(count: int, *, shapes: Sequence[Shape] = ROADS, seed: int = 0) -> list[LoopRoad]:
-    """So many roads, of each kind in turn; none of them is one that `synthetic:N` has."""
+    """Make so many roads, of each kind in turn; none of them is one that `synthetic:N` has."""
     sources = {}
     for number, shape in enumerate(shapes):
         here = len(range(number, count, len(shapes)))
@@ -238,7 +238,7 @@ def summarise(drives: Sequence[RoadDrive], *, before: Sequence[RoadDrive] | None
 
 
 def _ends(drives: Sequence[RoadDrive]) -> tuple[list[bool], list[bool]]:
-    """Which roads were kept, and which were finished."""
+    """Tell for each road whether it was kept, and whether it was finished."""
     return [drive.kept for drive in drives], [not drive.lost for drive in drives]
 
 
@@ -260,7 +260,7 @@ def _begun(road: LoopRoad) -> RoadDrive:
 
 
 class _Renderer:
-    """Pictures of the steps of drives, each made once."""
+    """Renders the pictures of the steps of drives, each once."""
 
     def __init__(self, cameras: Sequence[str], *, frames: int) -> None:
         self._cameras, self._frames = cameras, frames

@@ -157,7 +157,7 @@ def _drivers(
 def _moments(
     source: Source, clip: str, *, begin_s: float, seconds: float | None, every_s: float, frames: int
 ) -> list[int]:
-    """The moments (us) of the film's pictures."""
+    """Choose the moments (us) of the film's pictures. Raises `UsageError` where there are none."""
     first, last = source.times_us(clip)
     earliest = first + max((HISTORY_STEPS - 1) * STEP_US, (frames - 1) * FRAME_STEP_US)
     begin, step = max(earliest, first + round(begin_s * 1e6)), round(every_s * 1e6)
@@ -170,7 +170,7 @@ def _moments(
 
 
 def _lens(source: Source, clip: str, camera: str, t0_us: int) -> Mapping[str, Any] | None:
-    """The calibration of the shown camera, if the source has one that can be drawn with."""
+    """Read the calibration of the shown camera; None where the source has none that can be drawn with."""
     try:
         sample = source.load(SampleRef(clip_id=clip, t0_us=t0_us), cameras=[camera], frames=1)
         lens = (sample.calibration or {}).get(camera)
@@ -193,7 +193,7 @@ def _seen(
     frames: int,
     shown: str,
 ) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
-    """For each moment its sample and the shown camera's newest picture `[3, H, W]`; several are read in one pass."""
+    """Yield each moment's sample and the shown camera's newest picture `[3, H, W]`; several are read in one pass."""
     waiting, stamps = iter(moments), {camera: source.frame_times_us(clip, camera) for camera in cameras}
     while some := list(islice(waiting, _AT_ONCE)):
         wanted = np.unique(np.concatenate([wanted_frame_times_us(t0_us, frames) for t0_us in some]))
@@ -220,7 +220,7 @@ def _moment(
     frames: int,
     clip: str,
 ) -> Sample:
-    """The sample of a moment, of cameras that may have taken different numbers of pictures."""
+    """Make the sample of a moment from cameras that may have taken different numbers of pictures."""
     count = max(len(times) for _, times in parts.values())
     padded, stamps = [], []
     for pictures, times in parts.values():
@@ -315,7 +315,7 @@ class _Film:
 def _settings(
     asked: Mapping[str, Any], *, source: str, clip: str, first_us: int, drivers: Mapping[str, Driver]
 ) -> dict[str, Any]:
-    """All that the predicted paths depend on; the drivers share one observer."""
+    """Collect all that the predicted paths depend on; the drivers share one observer."""
     base = drivers[BASE]
     return strict_json.plain(  # type: ignore[no-any-return]
         {

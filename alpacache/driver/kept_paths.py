@@ -22,14 +22,14 @@ from cache_store.storage.local_files import write_flushed
 
 _log = logging.getLogger(__name__)
 _SUFFIX, _NOTE = "paths", "settings.json"
-"""Of the folder's name, and the file in it that says of what the paths are."""
+"""Ending of the folder's name, and the file in it that says which film the paths are for."""
 _NAME = re.compile(r"\d+\.(npz|new)|\.?settings\.json(\.new)?")
 _NOTE_KEYS = frozenset({"cameras", "clip", "first_us", "flow_steps", "models", "paths", "seed"})
 
 
 @contextmanager
 def kept_beside(out: Path, settings: Mapping[str, Any], *, shape: tuple[int, ...]) -> Iterator["KeptPaths"]:
-    """What was predicted for a film so far, in a folder beside it that is this process's alone.
+    """Open the folder beside a film that keeps its predicted paths, for this process alone.
 
     Paths of other settings are dropped. Raises `UsageError` for a folder of something else, or in use.
     """

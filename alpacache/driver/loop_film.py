@@ -19,7 +19,7 @@ from alpacache.pictures.front_view import SMOOTH
 EVERY = 2
 """Steps of 0.1 s from one picture to the next."""
 SHOWN_MS, HELD_MS = 100, 2500
-"""How long a picture is shown, and the last one: twice as fast as driven."""
+"""Time that a picture is shown, twice as fast as driven, and that the last one stays."""
 _QUALITIES = (70, 55, 40, 25, 10)
 _WIDTH, _HEAD, _FRONT, _ABOVE, _GAP = 320, 28, 160, 220, 8
 _REACH_M, _BEHIND_M = 45.0, 12.0
@@ -27,7 +27,7 @@ _GROUND, _ROAD, _LINE, _OUT = "#eef0e8", "#d4d4d4", "#ffffff", "#b00020"
 
 
 def telling(drives: Mapping[str, Sequence[RoadDrive]]) -> int:
-    """The road that shows best what the last model has over the first.
+    """Choose the road that shows best what the last model has over the first.
 
     If possible a bend that only it drives to the end, else a road on which only it stays in its lane; of those where it
     stays nearest to its lane.

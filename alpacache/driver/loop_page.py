@@ -29,7 +29,7 @@ HEADS = (
 )
 _ROAD_STEP_M = 2.0
 AHEAD_M = 25.0
-"""How much of the road is shown beyond the furthest car."""
+"""Length of the road that is shown beyond the furthest car."""
 
 
 Beside = Mapping[str, Mapping[str, str]]

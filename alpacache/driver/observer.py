@@ -1,4 +1,4 @@
-"""What a driver sees: a moment's frames, through the prompt and the frozen VLM, to the prefix that experts plan from.
+"""The eyes of a driver: a moment's frames, through prompt and frozen VLM, become the prefix that experts plan from.
 
 The VLM and its prompt are the same for every expert, so several drivers share one observer and look once.
 """

@@ -93,6 +93,6 @@ def camera_words(identity: Mapping[str, Any]) -> str:
 
 
 def changes_of(identity: Mapping[str, Any]) -> list[str]:
-    """What was done to a store's pictures since they were recorded; empty if its identity names nothing."""
+    """Changes made to a store's pictures since they were recorded; empty if its identity names none."""
     changes = identity.get("changes")
     return [str(change) for change in changes] if isinstance(changes, list) else []

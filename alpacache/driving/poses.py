@@ -94,7 +94,7 @@ def ego_poses(xyz: NDArray[np.float64], rot: NDArray[np.float64]) -> EgoPoses:
 
 
 class Seam(NamedTuple):
-    """How a path goes on at t0: a future that is not of its history begins with another velocity."""
+    """Measures of how a path goes on at t0: a future that is not of its history begins with another velocity."""
 
     change_mps: float
     """Change of the horizontal velocity from the step before t0 to the one after it."""

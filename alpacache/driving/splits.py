@@ -65,7 +65,7 @@ class TimeSplit:
 
 
 Split: TypeAlias = TimeSplit | None
-"""How samples are divided; None is by clip."""
+"""Rule that divides samples; None is by clip."""
 
 
 def parse_split(text: str) -> Split:

@@ -200,7 +200,7 @@ def _judge_all(
 
 
 def _settings(config: EvalConfig, data: CachedDataset, *, on_rollouts: bool, new_base: bool) -> dict[str, Any]:
-    """What the paths depend on, for the record; of what was not asked for it says nothing."""
+    """Record of what the paths depend on; options that were not asked for are left out."""
     flow_steps = config.all_flow_steps
     settings: dict[str, Any] = {"paths": config.paths, "flow_steps": flow_steps[0], "seed": config.seed}
     settings |= {"reasoning": "rollout" if on_rollouts else "none", "view": 0}

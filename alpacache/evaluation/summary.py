@@ -59,7 +59,7 @@ class StratumSummary:
     recall_differences: Mapping[str, Interval | None] = field(default_factory=dict)
     """Recall less the reference's."""
     verdicts: Mapping[str, BiasVerdict] = field(default_factory=dict)
-    """On the heading change at 6.4 s, of models that are no baselines; in the strata of `JUDGED` only."""
+    """Verdicts on the heading change at 6.4 s, for models that are no baselines; in the strata of `JUDGED` only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

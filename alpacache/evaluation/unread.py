@@ -17,7 +17,7 @@ class Unread:
             data.refuse_unreadable()
         self._data, self._skips = data, skips
         self.errors = dict(data.unreadable)
-        """By index."""
+        """Errors by index of the sample."""
         self._again: set[int] = set()
         """Samples that failed once and could be read at once."""
 

@@ -45,7 +45,7 @@ class ControlSummary:
     honest_min_ade: float
     min_ade: float
     honest_slope: Slope | None
-    """Of the heading change at 6.4 s."""
+    """Slope of the heading change at 6.4 s."""
     slope: Slope | None
     answer: Answer
     sentence: str
@@ -59,7 +59,7 @@ class FlowSummary:
     metrics: Mapping[str, float]
     """Means of `VARIANT_KEYS`, metres."""
     slope: Slope | None
-    """Of the heading change at 6.4 s."""
+    """Slope of the heading change at 6.4 s."""
     change: Interval | None
     """`min_ade` less that with the first number of steps."""
 

@@ -37,7 +37,7 @@ _NOT_LOADED = ("*.md", "LICENSE*", "NOTICE*", INDEX, ".*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """What `check_export` found."""
+    """Findings of `check_export`."""
 
     out: str
     ok: bool

@@ -39,11 +39,11 @@ class ChosenCodec:
     """The codec of a run."""
 
     name: str
-    """As the store's identity has it."""
+    """Name in the store's identity."""
     codec: KVCodec | None
     """None for bfloat16; without tables where it is yet to be learnt."""
     evidence: Mapping[str, Any] | None = None
-    """What was measured, where it was not given by name."""
+    """Record of what was measured; None for a codec that was given by name."""
 
 
 def known_codec(
@@ -143,7 +143,7 @@ def lacks_tables(codec: KVCodec | None) -> bool:
 
 
 def tables_of(codec: KVCodec | None) -> bytes | None:
-    """What a new store keeps of a codec that was learnt."""
+    """Tables of a codec that was learnt, as a new store keeps them; None for any other."""
     return codec.tables.to_bytes() if isinstance(codec, TransformCodec) and codec.tables is not None else None
 
 
@@ -249,7 +249,7 @@ def _tell_learnt(codec: TransformCodec, samples: Sequence[WholeSample], on_note:
 
 
 def longer_than_learnt(codec: KVCodec | None, arrays: Mapping[str, Any]) -> float | None:
-    """How many times the bytes that its codec was learnt for a sample takes; None where that is as it should be."""
+    """Ratio of a sample's bytes to those that its codec was learnt for; None where it is as it should be."""
     shape = arrays.get("kv_shape")
     if not isinstance(codec, TransformCodec) or shape is None:
         return None

@@ -33,7 +33,7 @@ _MOVED = 1 / 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecErrors:
-    """What a codec does to the expert, over all judged samples, against keys and values in bfloat16."""
+    """Errors that a codec makes in the expert, over all judged samples, against keys and values in bfloat16."""
 
     velocity: float
     """Relative L2 of the velocities of all samples and draws."""
@@ -101,7 +101,7 @@ class CodecJudge:
                 self._add(name, exact, self._through(sample, _coded(sample, data, codec)), data.numel())
 
     def errors(self) -> dict[str, CodecErrors]:
-        """By name of codec, `ROUNDING` first."""
+        """Errors by name of codec, `ROUNDING` first."""
         exact, found = self._reference, {}
         for name, sums in self._sums.items():
             gradient = cosine = None
@@ -121,7 +121,7 @@ class CodecJudge:
         return found
 
     def _through(self, sample: WholeSample, prefix: PrefixFeatures | EncodedPrefix) -> "_Felt":
-        """What the expert makes of a prefix."""
+        """Run the expert on a prefix."""
         expert = self.expert
         history_xyz, history_rot, future_xyz, future_rot = sample.poses
         action = expert.action_space.to_action(history_xyz, history_rot, future_xyz, future_rot)
@@ -153,7 +153,7 @@ class CodecJudge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Felt:
-    """What the expert makes of one prefix."""
+    """Velocity, loss and gradient of the expert on one prefix."""
 
     velocity: Tensor
     loss: float

@@ -91,7 +91,7 @@ def read_store(reader: CacheReader, sample_ids: Sequence[str]) -> Iterator[Whole
 def learn_from(
     samples: Sequence[WholeSample], checkpoint: Checkpoint, layers: Sequence[int] | None, device: torch.device
 ) -> Learnt:
-    """What the codec `transform` learns from samples whose positions are known.
+    """Learn the tables of the codec `transform` from samples whose positions are known.
 
     Raises `UsageError` where they have too few tokens.
     """

@@ -29,15 +29,15 @@ class TriedCodec:
     """A codec and what it does to the expert."""
 
     codec: KVCodec | None
-    """With its tables; None for bfloat16 and where it cannot be."""
+    """The codec with its tables; None for bfloat16 and where it cannot be."""
     errors: CodecErrors | None
-    """None where it cannot be."""
+    """None where the codec cannot be made."""
     refused: str | None = None
-    """Why it cannot be."""
+    """Reason why the codec cannot be made."""
 
 
 def spread_over(samples: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of the samples, evenly apart."""
+    """Choose at most so many of the samples, evenly apart."""
     count = min(len(samples), most)
     return [samples[number * len(samples) // count] for number in range(count)]
 
@@ -61,7 +61,7 @@ def try_codecs(
     seed: int = 0,
     on_progress: OnProgress = ignore,
 ) -> tuple[CodecErrors, dict[str, TriedCodec]]:
-    """What rounding to bfloat16 once more does, and what each of the named codecs does.
+    """Measure what rounding to bfloat16 once more does, and what each of the named codecs does.
 
     Raises `UsageError` where the expert attends to other layers than the samples have.
     """

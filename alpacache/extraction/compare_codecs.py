@@ -37,16 +37,16 @@ class ComparedCodec:
 
     codec: str
     errors: CodecErrors | None
-    """None where the codec cannot be."""
+    """None where the codec cannot be made."""
     refused: str | None
-    """Why it cannot be."""
+    """Reason why the codec cannot be made."""
     tables_bytes: int
     """Tables that a store has once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecsReport:
-    """What codecs do to the expert, by rising bytes."""
+    """Errors that codecs make in the expert, by rising bytes."""
 
     input: str
     model: str
@@ -58,7 +58,7 @@ class CodecsReport:
     """Noise draws of each, at times spread as in training."""
     expert_dtype: str
     rounding: CodecErrors
-    """What another rounding to bfloat16 does: no codec needs to be better."""
+    """Errors of another rounding to bfloat16: no codec needs to be better."""
     codecs: tuple[ComparedCodec, ...]
     seconds: float
 
@@ -133,7 +133,7 @@ def _check_of_store(config: CodecsConfig) -> None:
 def _from_store(
     store: str, checkpoint: Checkpoint, identity: Mapping[str, object], *, samples: int
 ) -> list[WholeSample]:
-    """So many samples of a bfloat16 store, spread over it."""
+    """Read so many samples of a bfloat16 store, spread over it."""
     check_same_model(checkpoint, identity, store=store)
     if identity.get("codec") != "bf16":
         raise UsageError(
@@ -146,7 +146,7 @@ def _from_store(
 
 
 def _selected(settings: PreparationSettings, *, split: Side, t0: str) -> tuple[list[SampleRef], Source]:
-    """A source, and its samples on one side of the split."""
+    """Open a source and choose its samples on one side of the split."""
     check_reach(settings.source)
     source = open_source(settings.source, cameras=settings.cameras)
     refs, _ = select(source, split=split, t0=t0)
@@ -162,7 +162,7 @@ def _from_source(
     *,
     workers: int,
 ) -> list[WholeSample]:
-    """These samples of recordings after the VLM."""
+    """Run the VLM over these samples of recordings."""
     builder = settings.input_builder(checkpoint)
     if not builder.format.camera_names:
         check_places(settings.cameras, ())

@@ -24,7 +24,7 @@ _PICTURE = (1080, 1920)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSettings:
-    """How samples go through the VLM: what decides speed and memory, not what is stored."""
+    """Settings of the way through the VLM, which decide speed and memory and not what is stored."""
 
     workers: int
     """Samples that are read at a time."""
@@ -57,7 +57,7 @@ def prefill_work(
     rows: int,
     ahead: int,
 ) -> PrefillWork:
-    """What stage one's memory depends on, of samples as large as one that was read, or as a usual one for None."""
+    """Collect what stage one's memory depends on, for samples as large as `found`, or as a usual one for None."""
     geometry, itemsize = geometry_of(checkpoint), settings.dtype.itemsize
     tokens, image_tokens, pixel_bytes, tails = _sizes(found, builder, settings, geometry)
     layers = geometry.layers if stored.layers is None else len(stored.layers)

@@ -42,7 +42,7 @@ class ExtractReport:
     wanted: int
     """Samples of all workers together."""
     memory: PrefillPlan | None = None
-    """What was planned of the GPU's memory and of RAM; None where the VLM ran on a CPU, or nothing was left to do."""
+    """Planned memory of the GPU and of RAM; None where the VLM ran on a CPU, or nothing was left to do."""
     peak_bytes: int | None = None
     """GPU memory that the allocator had reserved at its peak."""
     routes: dict[str, int] = field(default_factory=dict)

@@ -50,7 +50,7 @@ class Readers:
     """Reads and preprocesses samples ahead of the VLM, in threads that may have processes do it."""
 
     one_pass: Callable[[Sequence[SampleRef]], AbstractContextManager[Callable[[SampleRef], Prepared]]]
-    """As `Preparation.one_pass`."""
+    """Opens samples that are read in one pass, as `Preparation.one_pass` does."""
     workers: int
     """Threads that may be in a pass at a time."""
     begin: Callable[[], None] | None

@@ -70,7 +70,7 @@ class StreamedPrefiller:
         self._copies, self._rows = copies, rows
         layers = range(vlm.layers) if stored.layers is None else stored.layers
         self._place_of = {layer: place for place, layer in enumerate(layers)}
-        """Of each of the VLM's layers that is stored, its place among them."""
+        """Layer of the VLM -> its place among those that are stored."""
 
     def groups(self, samples: Iterator[Prepared], size: Callable[[], int]) -> Iterator[list[Prepared]]:
         """The samples in order, so many at a time."""
@@ -209,7 +209,7 @@ def _give_back(places: HostPlaces) -> None:
 
 
 def _flags(samples: list[_Sample]) -> list[dict[str, Tensor]]:
-    """Of each sample, by field, whether all that has left may be stored; on their way to the host together."""
+    """Flags of each sample, by field: True if all that has left may be stored. They go to the host together."""
     made = torch.stack([torch.stack(flags).all() for one in samples for flags in one.good.values()])
     flags = iter(made.to("cpu", non_blocking=True))
     return [{name: next(flags) for name in one.good} for one in samples]

@@ -41,7 +41,7 @@ from cache_store.writer import stored_identity, stored_provenance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetStore:
-    """Where the samples of a task go. Another worker may begin the store at any time, and its codec is used then."""
+    """The store that a task's samples go to. Another worker may begin it at any time, and its codec is used then."""
 
     task: Task
     path: str
@@ -132,7 +132,7 @@ class TargetStore:
         return chosen, before, ready if keeps else None
 
     def _read_whole(self, stored: StoredFeatures, count: int) -> tuple[list[WholeSample], Prefiller]:
-        """So many samples, spread over those of all workers, and the VLM that they went through."""
+        """Run the VLM over so many samples, spread over those of all workers; returns the VLM, too."""
         task, settings = self.task, self.task.settings
         ready = Prefiller(task.checkpoint, task.builder, stored, task.device, dtype=settings.dtype)
         given = task.builder, task.source, settings, task.device

@@ -54,7 +54,7 @@ class Task:
     views: int
     """Views of each moment, the picture as it is among them."""
     note: str | None
-    """What the split leaves out; None: both of its sides have clips."""
+    """Sentence on what the split leaves out; None: both of its sides have clips."""
     every: Sequence[SampleRef]
     """The samples of all workers together."""
     refs: Sequence[SampleRef]

@@ -24,7 +24,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def can_share() -> bool:
-    """Whether this system has what sharing takes."""
+    """Tell whether this system has what sharing takes."""
     return hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
 
 
@@ -38,7 +38,7 @@ class SharedBytes:
         """`fill` writes the bytes; what it raises is raised here, and the next process tries."""
         self._socket: socket.socket | None = None
         self.filled_here = False
-        """Whether this process filled them."""
+        """True if this process filled them."""
         address = f"\0{name}-{os.getuid()}"
         while True:
             listener = socket.socket(socket.AF_UNIX)

@@ -33,7 +33,7 @@ LOSS_DRAWS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What an expert makes of one batch of samples, on the CPU."""
+    """Actions that an expert makes of one batch of samples, on the CPU."""
 
     indices: Sequence[int]
     actions: Tensor

@@ -36,7 +36,7 @@ class CommandSummary:
     driven: int
     """Number of those whose driven path obeys."""
     models: dict[str, Obedience]
-    """By label."""
+    """Measures by the model's label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

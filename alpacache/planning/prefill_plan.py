@@ -142,7 +142,7 @@ class PrefillPlan:
 def place_of(
     geometry: Geometry, itemsize: int, home: WeightsHome, *, tower_streams: bool = False, sharers: int = 1
 ) -> WeightsPlace:
-    """What the weights of a VLM that writes no text take in this place."""
+    """Count what the weights of a VLM that writes no text take in this place."""
     sizes = geometry.vlm
     layer, tower = sizes.layer_parameters * itemsize, sizes.tower_parameters * itemsize
     layers = layer * geometry.layers

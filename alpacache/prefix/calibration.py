@@ -225,7 +225,7 @@ class _Spectrum:
 
 
 _Found = list[tuple[Tensor, Tensor]]
-"""Of each group, classes of the stored components, from the widest on, and which of all components they are."""
+"""Classes of each group's stored components, from the widest on, and which of all components they are."""
 
 
 def _step_for(rate: float, spectra: Sequence[_Spectrum], width: int, layers: int) -> tuple[float, _Found]:

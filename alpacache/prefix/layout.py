@@ -39,7 +39,7 @@ class PrefixLayout:
     kv_heads: int
     head_dim: int
     codec: KVCodec | None
-    """How rows are encoded; None: plain elements, `[layer, 2, kv_head, token, channel]`."""
+    """Codec of the rows; None: plain elements, `[layer, 2, kv_head, token, channel]`."""
     dtype: torch.dtype = torch.bfloat16
     """Dtype of plain elements."""
     most_bytes: int | None = None

@@ -48,7 +48,7 @@ class FilmIndex(NamedTuple):
     """Frames of a film by its packets, in the film's own units of time."""
 
     times: list[int]
-    """When each frame is shown, increasing."""
+    """Times at which frames are shown, increasing."""
     keys: list[int]
     """Times of all frames that are marked as key frames."""
     hidden: frozenset[int]

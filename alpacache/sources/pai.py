@@ -85,7 +85,7 @@ class PhysicalAiSource:
     def __init__(
         self, interface: Any, *, name: str, cameras: Sequence[str] | None, files: LinkedCache | ChunkCache | None
     ) -> None:
-        """For `open_tree` and `open_hub`; without `files` all is streamed."""
+        """Called by `open_tree` and `open_hub`; without `files` all is streamed."""
         self._interface = interface
         self._cache = files if isinstance(files, LinkedCache) else None
         self._chunks = files if isinstance(files, ChunkCache) else None

@@ -72,7 +72,7 @@ class PreparedSource:
         return self._rows.has_routes
 
     def route_of(self, sample: Sample) -> Any:
-        """What the row holds, which the sample came with."""
+        """The route in the sample's row."""
         return sample.route
 
     def expect(self, refs: Sequence[SampleRef]) -> None:

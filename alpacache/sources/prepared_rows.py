@@ -117,7 +117,7 @@ def to_row(sample: Sample, *, source: str, fit: PictureFit | None, changes: Sequ
 
 
 def changes_in(told: Iterable[Any], place: str) -> tuple[str, ...]:
-    """What the rows of a dataset say in `CHANGES`. Raises `SourceError` where they do not agree."""
+    """Changes of the pictures that a dataset's rows name. Raises `SourceError` where they do not agree."""
     try:
         found = {as_changes(row or []) for row in told}
     except ValueError as error:

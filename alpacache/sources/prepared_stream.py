@@ -171,7 +171,7 @@ class Cursor:
         return bisect_right(self._starts, number) - 1
 
     def _room(self) -> int:
-        """How many passed rows, and how many taken ones, may be kept."""
+        """Number of passed rows, and of taken ones, that may be kept."""
         rows = SPARE_ROWS + threading.active_count()
         return rows if self._expected is None else 4 * rows  # expected ones are few: they leave when asked for
 

@@ -84,7 +84,7 @@ class Reel:
     def __init__(
         self, t0s_us: Sequence[int], frames: int, read_stamps: Callable[[], NDArray[np.int64]], open_frames: OpenFrames
     ) -> None:
-        """For samples at these t0, of so many frames each. Nothing is read before the first shot is asked for."""
+        """Take samples at these t0, of so many frames each; nothing is read before the first shot is asked for."""
         self._t0s_us, self._frames = t0s_us, frames
         self._read_stamps, self._open_frames = read_stamps, open_frames
         self._stamps: NDArray[np.int64] | None = None
@@ -106,7 +106,7 @@ class Reel:
         return frame_indices(stamps, wanted_frame_times_us(t0_us, self._frames), where=where)
 
     def _all(self, stamps: NDArray[np.int64], *, where: str) -> Iterator[list[int]]:
-        """Which frames each sample wants; of one that the film does not cover, none."""
+        """Numbers of the frames that each sample wants; none for one that the film does not cover."""
         for t0_us in self._t0s_us:
             try:
                 yield self._chosen(stamps, t0_us, where=where).tolist()

@@ -28,12 +28,12 @@ middle of its lane by t0 and goes back to it."""
 CLIP_US = 20_000_000
 POSE_STEP_US = 50_000
 Turn = tuple[int, Literal["left", "right"]]
-"""When a bend begins (us of the clip), and to which side it leads."""
+"""Begin of a bend (us of the clip), and the side it leads to."""
 SHARP_RAD = 0.5
 """Heading change from which `ClipKind` calls a curve sharp."""
 _T0_S = DEFAULT_T0_US / 1e6
 _RAMP_S = 0.6
-"""How long a bend takes to reach its full curvature."""
+"""Time that a bend takes to reach its full curvature."""
 _LATERAL_MPS2 = 3.5
 _SPEED_MPS = (5.0, 20.0)
 _HEADING_RAD = (0.2, 1.2)
@@ -44,15 +44,15 @@ _TURN_RAD = 0.1
 _RECOVERED: tuple[Shape, ...] = ("straight", "early_curve", "late_curve", "curve_end", "s_curve")
 """Roads on which a car recovers."""
 _RECOVERED_LATER_S = (-4.0, 1.0)
-"""How much later than elsewhere their bends come: a car that drives itself strays before, in and after them."""
+"""Range by which their bends come later than elsewhere: a car that drives itself strays before, in and after them."""
 _DRIFT_M, _ASKEW_RAD, _DRIFT_MPS = 1.5, 0.08, 0.9
 """Most that a car which recovers is off the middle, askew to the road, and drifting across it."""
 _RETURN_S = 2.5
-"""How long its way back takes."""
+"""Time that its way back takes."""
 _STRAY_S = 1.5
-"""For how long before it drifts evenly: as long as a history, so that only the picture tells where the lane is."""
+"""Time before t0 of even drift: as long as a history, so that only the picture tells where the lane is."""
 _STRAYING_S = 2.5
-"""How long it takes until it drifts so."""
+"""Time that it takes until it drifts so."""
 _S_GAP_S = 0.3
 """Driving time between the two bends of an S."""
 _FINE_M = 0.05
@@ -60,7 +60,7 @@ _FINE_M = 0.05
 _COARSE = 4
 """Fine steps between two rows of `Road.points`."""
 _BEHIND_M, _AHEAD_M = 80.0, 180.0
-"""How far the road goes on before the start and after the end of a drive."""
+"""Length of road before the start and after the end of a drive."""
 Arc = Callable[[Any], Floats]
 """Driving time (s) to arc length (m)."""
 
@@ -74,7 +74,7 @@ class ClipKind:
     strength: Literal["straight", "gentle", "sharp"]
     """`sharp` if heading changes by `SHARP_RAD` or more until t0 + 6.4 s."""
     onset_s: float | None
-    """When the curve begins, in seconds after t0; None on a straight road."""
+    """Begin of the curve in seconds after t0; None on a straight road."""
     heading_change_rad: float
     """Heading at t0 + 6.4 s less heading at t0, left positive."""
 
@@ -173,7 +173,7 @@ def _draw(rng: np.random.Generator, shape: Shape, *, later_s: float = 0.0) -> Dr
 
 
 def _turned(bend: _Bend, arc: Arc) -> float:
-    """Heading change (rad) over a bend, about."""
+    """Heading change (rad) over a bend, approximately."""
     return bend.curvature * float(arc(bend.end_s) - arc(bend.start_s))
 
 
@@ -202,7 +202,7 @@ def _bend_times(rng: np.random.Generator, shape: Shape) -> tuple[float, float]:
 
 
 def _extra_bends(rng: np.random.Generator, limit: float) -> list[_Bend]:
-    """In six of ten drives one more bend, for samples at a later t0: one at 5.1 s sees little of it."""
+    """Add one more bend to six of ten drives, for samples at a later t0: one at 5.1 s sees little of it."""
     start, length, strength = rng.uniform(15.0, 17.0), rng.uniform(2.0, 4.0), rng.uniform(-0.8, 0.8)
     if rng.uniform() < 0.4:
         return []

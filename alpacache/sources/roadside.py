@@ -66,7 +66,7 @@ def plant(rng: np.random.Generator, road: Road, look: Look, *, trees_per_km: flo
 
 
 def at_fork(sides: Sequence[Roadside], roads: Sequence[Road], look: Look) -> Roadside:
-    """What stands beside the branches of a fork, without what would stand on one of them."""
+    """Collect what stands beside the branches of a fork, without what would stand on one of them."""
     xy = np.concatenate([side.xy for side in sides])
     reach = (max(look.lanes) + 0.5) * LANE_M + _CLEAR_M
     free = np.ones(len(xy), bool)

@@ -22,10 +22,10 @@ from alpacache.sources.road import Road
 Floats32: TypeAlias = NDArray[np.float32]
 
 GROUND_REACH_M = 220.0
-"""How far the ground is drawn; beyond it is sky."""
+"""Distance to which the ground is drawn; beyond it is sky."""
 LANE_M = 3.5
 MAST_M = 0.8
-"""How far ahead of the vehicle's origin the cameras stand, all in one place."""
+"""Distance of the cameras ahead of the vehicle's origin, all in one place."""
 HORIZON = 0.4
 """Share of the picture above the horizon of a level camera: sky is cropped away, as cars do."""
 SKYLINE = 1440
@@ -65,7 +65,7 @@ class Camera:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """How one clip's world looks; colours are RGB 0 to 255."""
+    """Appearance of one clip's world; colours are RGB 0 to 255."""
 
     grass: Floats32
     dirt: Floats32
@@ -189,7 +189,7 @@ def _ground(
 
 
 def _beyond_edge(look: Look, across: Floats32) -> Floats32:
-    """How far beyond the outer marking of a road points are that lie so far to the left of its centre line (m)."""
+    """Distance (m) beyond a road's outer marking of points that lie so far to the left of its centre line."""
     left, right = (np.float32((lanes + 0.5) * LANE_M) for lanes in look.lanes)
     return np.where(across > 0, across - left, -across - right)
 

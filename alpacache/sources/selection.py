@@ -127,7 +127,7 @@ def note_on_split(source: Source, *, split_by: Split = None, clips: Sequence[str
 
 
 def _length_us(source: Source, clip_id: str, refs: Sequence[SampleRef]) -> int:
-    """How long a clip is; of a source of samples, the time that those cover."""
+    """Length of a clip (us); of a source of samples, the time that those cover."""
     if isinstance(source, FixedSource):
         return covered_us(refs)[clip_id]
     first, last = source.times_us(clip_id)

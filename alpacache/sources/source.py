@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """How records name this source; the same data has the same name on every machine."""
+        """Name of this source in records; the same data has the same name on every machine."""
 
     @property
     def clip_ids(self) -> Sequence[str]:
@@ -84,7 +84,7 @@ class GlancedSource(Protocol):
     """A recorded source that reads pictures faster if they may be small, for `check`."""
 
     def glance(self, clip_id: str, camera: str, times_us: NDArray[np.int64], *, about_px: int) -> NDArray[np.uint8]:
-        """What `RecordedSource.film` gives, at that size or smaller, but at least about so many pixels across."""
+        """Frames as `RecordedSource.film` gives them, or smaller ones of at least about so many pixels across."""
 
 
 @runtime_checkable
@@ -149,11 +149,11 @@ class ChangedSource(Protocol):
 
     @property
     def changes(self) -> Sequence[str]:
-        """What was done to every picture, in this order, such as `crop`; empty if they are as they were recorded."""
+        """Changes made to every picture, in this order, such as `crop`; empty if they are as they were recorded."""
 
 
 def picture_changes(source: Source) -> tuple[str, ...]:
-    """What was done to a source's pictures; nothing where it does not say."""
+    """Changes made to a source's pictures; empty where it names none."""
     return tuple(source.changes) if isinstance(source, ChangedSource) else ()
 
 

@@ -54,7 +54,7 @@ def _moments(refs: Sequence[SampleRef]) -> Iterator[list[SampleRef]]:
 
 
 def _parts(moments: Sequence[list[SampleRef]], count: int) -> list[Sequence[list[SampleRef]]]:
-    """So many parts in turn, the first of them longer by one where they cannot be equal."""
+    """Cut a sequence into so many parts, the first of them longer by one where they cannot be equal."""
     shortest, longer = divmod(len(moments), count)
     ends = [number * shortest + min(number, longer) for number in range(count + 1)]
     return [moments[start:end] for start, end in pairwise(ends)]

@@ -90,7 +90,7 @@ class SyntheticSource:
         return 0, CLIP_US
 
     def event_times_us(self, clip_id: str) -> tuple[int, ...]:
-        """When curves begin."""
+        """Moments at which curves begin."""
         return self._world(clip_id).drive.curve_starts_us
 
     @property
@@ -129,7 +129,7 @@ class SyntheticSource:
     def view(
         self, clip_id: str, camera: str, *, position: Floats, yaw_rad: float, arc_m: float, frame: int
     ) -> NDArray[np.uint8]:
-        """What a camera sees from anywhere near the road, `[3, H, W]`.
+        """Render what a camera sees from anywhere near the road, `[3, H, W]`.
 
         Args:
             position, yaw_rad: of the vehicle in the clip's world, `[2]` metres.

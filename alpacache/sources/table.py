@@ -70,7 +70,7 @@ def _numbers(column: Any) -> NDArray[Any]:
 
 
 def no_texts() -> tuple[NDArray[np.int64], Any]:
-    """What `read_texts` gives of a table without rows."""
+    """The result of `read_texts` for a table without rows."""
     import pyarrow as pa
 
     return np.empty(0, np.int64), pa.nulls(0)

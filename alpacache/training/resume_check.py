@@ -1,4 +1,4 @@
-"""What a checkpoint records of its run's settings and samples, and the look whether a later call goes on with the same.
+"""Records of a run's settings and samples in its checkpoints, and the check that a later call goes on with the same.
 
 A run can go on exactly only with the samples that it began with, in their order: all of them decide which one comes
 when.

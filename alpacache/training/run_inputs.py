@@ -129,7 +129,7 @@ def _open_val(
 def _doubts(
     checkpoint: Checkpoint, data: CachedDataset, paths: Sequence[str], val: CachedDataset | None, val_store: str | None
 ) -> Iterator[str]:
-    """What a person should hear of prompts and pictures that may not be meant."""
+    """Yield sentences on prompts and pictures that may not be meant."""
     for path, places in zip(paths, data.store_ranges, strict=True):
         identity = data.locate(places.start)[0].identity if places else {}
         if identity and (doubt := prompt_doubt(checkpoint, identity, store=path)):
@@ -163,7 +163,7 @@ def _seen(
     stores: Sequence[Mapping[str, Any]],
     val: CachedDataset | None,
 ) -> dict[str, Any]:
-    """What a process sees of the run's model, checkpoints and samples, for people to compare."""
+    """Describe the run's model, checkpoints and samples as this process sees them, for people to compare."""
     model, steps = model_identity(checkpoint), directory.steps
     newest = "none"
     if steps:

@@ -94,7 +94,7 @@ class StreamedOptimizer:
         self._kept: dict[nn.Parameter, Tensor] = {}
         """Gradients in memory of their own, of the parameters that get one."""
         self._homes: dict[nn.Parameter, Tensor] = {}
-        """That memory, taken in one piece before activations are scattered around it."""
+        """Memory for those gradients, taken in one piece before activations are scattered around it."""
         if keep_gradients:
             self._homes = {parameter: torch.empty_like(parameter) for parameter in streamed.values()}
             for parameter in self._homes:
