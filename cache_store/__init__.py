@@ -29,6 +29,7 @@ from cache_store.format.field import Field as Field
 from cache_store.format.index import build_index as build_index
 from cache_store.format.quarantine_record import QuarantineRecord as QuarantineRecord
 from cache_store.kv.codec import KVCodec as KVCodec
+from cache_store.kv.learnt import LearntCodec as LearntCodec
 from cache_store.kv.registry import CODECS as CODECS
 from cache_store.kv.registry import codec_from_json as codec_from_json
 from cache_store.kv.registry import codec_named as codec_named

@@ -19,7 +19,7 @@ from alpacache.extraction.config import TRIED, most_velocity_error
 from alpacache.layer_choice import layers_text
 from alpacache.prefix.codecs import forget_tables
 from alpacache.progress import OnNote
-from cache_store import KVCodec, TransformCodec
+from cache_store import KVCodec, LearntCodec
 from cache_store.writer import stored_identity, stored_provenance
 
 CALIBRATION_SAMPLES = 32
@@ -73,11 +73,11 @@ def known_codec(
             return None
         theirs = _identity_of(codec_from, name)
         chosen = _chosen_before(name, theirs, f"--codec-from {codec_from}: that store", codec_from)
-        if not isinstance(chosen.codec, TransformCodec):
+        if not isinstance(chosen.codec, LearntCodec):
             return chosen
         return replace(chosen, codec=_their_codec(chosen.name, codec_from, checkpoint, layers))
     codec = codec_for(name, layers)
-    if not isinstance(codec, TransformCodec):
+    if not isinstance(codec, LearntCodec):
         if codec_from is not None:
             raise UsageError(
                 f"--codec-from {codec_from} goes with --codec transform:RATE, whose tables it takes; --codec is {name}."
@@ -111,7 +111,7 @@ def _identity_of(codec_from: str, name: str) -> Mapping[str, Any]:
     return theirs
 
 
-def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Sequence[int] | None) -> TransformCodec:
+def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Sequence[int] | None) -> LearntCodec:
     """The codec of another store. Raises `UsageError` where it is another, or was learnt from another model."""
     theirs = _identity_of(codec_from, name)
     if theirs.get("codec") != name:
@@ -120,7 +120,7 @@ def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Seq
             f"{theirs.get('codec')}, or another store."
         )
     found = store_codec(theirs, store=codec_from)
-    assert isinstance(found, TransformCodec)
+    assert isinstance(found, LearntCodec)
     mine, model = checkpoint.vlm_fingerprint(), theirs.get("model")
     weights = model.get("vlm_weights_sha256") if isinstance(model, Mapping) else None
     if weights != mine:
@@ -139,12 +139,12 @@ def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Seq
 
 def lacks_tables(codec: KVCodec | None) -> bool:
     """Tell whether a codec is yet to be learnt."""
-    return isinstance(codec, TransformCodec) and codec.tables is None
+    return isinstance(codec, LearntCodec) and codec.tables_bytes is None
 
 
 def tables_of(codec: KVCodec | None) -> bytes | None:
     """Tables of a codec that was learnt, as a new store keeps them; None for any other."""
-    return codec.tables.to_bytes() if isinstance(codec, TransformCodec) and codec.tables is not None else None
+    return None if codec is None else codec.tables_bytes
 
 
 def fits_beside(checkpoint: Checkpoint, device: torch.device) -> bool:
@@ -179,7 +179,7 @@ def new_codec(
     if codec is None:
         codec = chosen_codec(asked, samples, checkpoint, device=device, on_note=on_note)
     else:
-        assert isinstance(codec.codec, TransformCodec)
+        assert isinstance(codec.codec, LearntCodec)
         learnt = learn_from(samples, checkpoint, layers, device).codec(codec.codec.rate)
         _tell_learnt(learnt, samples, on_note)
         codec = replace(codec, codec=learnt)
@@ -229,17 +229,17 @@ def chosen_codec(
         f"--codec {asked}: {name} is the smallest codec within it, {tried[name].velocity:.2%} of the expert's velocity "
         f"and {tried[name].bytes_a_sample / 1e6:.3g} MB a sample on {len(judged)} of these ({measured})."
     )
-    if isinstance(codec, TransformCodec):
+    if isinstance(codec, LearntCodec):
         _tell_learnt(codec, learnt, on_note)
     return ChosenCodec(name=name, codec=codec, evidence=evidence)
 
 
-def _tell_learnt(codec: TransformCodec, samples: Sequence[WholeSample], on_note: OnNote) -> None:
-    tables = codec.calibrated
-    tokens, channels = sum(one.kv.shape[3] for one in samples), len(tables.groups[0].mean)
+def _tell_learnt(codec: LearntCodec, samples: Sequence[WholeSample], on_note: OnNote) -> None:
+    tokens, channels, tables = sum(one.kv.shape[3] for one in samples), codec.width, codec.tables_bytes
+    assert tables is not None
     on_note(
         f"the codec is learnt from {len(samples)} samples ({tokens:,} tokens): {codec.rate:g} bits a value, "
-        f"tables of {len(tables.to_bytes()) / 1e6:.3g} MB."
+        f"tables of {len(tables) / 1e6:.3g} MB."
     )
     if tokens < _FEW * channels:
         on_note(
@@ -251,7 +251,7 @@ def _tell_learnt(codec: TransformCodec, samples: Sequence[WholeSample], on_note:
 def longer_than_learnt(codec: KVCodec | None, arrays: Mapping[str, Any]) -> float | None:
     """Ratio of a sample's bytes to those that its codec was learnt for; None where it is as it should be."""
     shape = arrays.get("kv_shape")
-    if not isinstance(codec, TransformCodec) or shape is None:
+    if not isinstance(codec, LearntCodec) or shape is None:
         return None
     expected = codec.expected_bytes(tuple(int(n) for n in shape))
     ratio = len(arrays["kv"]) / max(1, expected)
@@ -260,7 +260,7 @@ def longer_than_learnt(codec: KVCodec | None, arrays: Mapping[str, Any]) -> floa
 
 def warn_of(longer: Mapping[str, float], codec: KVCodec | None, extracted: int) -> None:
     """Say which samples are unlike those that the codec was learnt from."""
-    if not longer or not isinstance(codec, TransformCodec):
+    if not longer or not isinstance(codec, LearntCodec):
         return
     worst = max(longer, key=longer.__getitem__)
     _log.warning(

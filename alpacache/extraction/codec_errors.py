@@ -18,7 +18,7 @@ from alpacache.extraction.codec_learning import WholeSample
 from alpacache.gpu.device import has_kernels
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
-from cache_store import KVCodec, TransformCodec
+from cache_store import KVCodec
 
 if TYPE_CHECKING:
     from alpacache.alpamayo import ActionExpert
@@ -177,7 +177,7 @@ def _plain(sample: WholeSample, kv: Tensor) -> PrefixFeatures:
 
 def _encoded(codec: KVCodec, kv: Tensor, positions: Tensor | None) -> Tensor:
     data, size = tensor_codec(codec).encode_at(kv, positions)
-    return data[: int(size)] if isinstance(codec, TransformCodec) else data
+    return data if codec.fixed_size else data[: int(size)]
 
 
 def _coded(sample: WholeSample, data: Tensor, codec: KVCodec) -> PrefixFeatures | EncodedPrefix:

@@ -12,7 +12,7 @@ from alpacache.errors import UsageError
 from alpacache.extraction.codec_errors import ROUNDING, CodecErrors, CodecJudge
 from alpacache.extraction.codec_learning import WholeSample, learn_from
 from alpacache.progress import OnProgress, Progress, ignore
-from cache_store import KVCodec, TransformCodec, codec_named
+from cache_store import KVCodec, LearntCodec, codec_named
 
 if TYPE_CHECKING:
     from alpacache.alpamayo import ActionExpert
@@ -96,7 +96,7 @@ def _with_tables(
     known, bases = [one for one in learnt if one.positions is not None], None
     for name in names:
         codec = codec_named(name)
-        if isinstance(codec, TransformCodec):
+        if isinstance(codec, LearntCodec):
             try:
                 if not known:
                     raise UsageError(

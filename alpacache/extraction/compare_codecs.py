@@ -25,7 +25,7 @@ from alpacache.sources.config import Side
 from alpacache.sources.registry import check_reach, open_source
 from alpacache.sources.selection import select
 from alpacache.sources.source import Source
-from cache_store import CacheReader, TransformCodec
+from cache_store import CacheReader
 from cache_store.writer import stored_identity
 
 _OF_SOURCES = ("split", "t0", "cameras", "frames")
@@ -100,7 +100,7 @@ def compare_codecs(config: CodecsConfig, *, on_progress: OnProgress = ignore) ->
             codec=name,
             errors=tried.errors,
             refused=tried.refused,
-            tables_bytes=len(tried.codec.calibrated.to_bytes()) if isinstance(tried.codec, TransformCodec) else 0,
+            tables_bytes=len((tried.codec and tried.codec.tables_bytes) or b""),
         )
         for name, tried in found.items()
     ]

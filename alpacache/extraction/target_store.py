@@ -34,7 +34,7 @@ from alpacache.extraction.task import Task
 from alpacache.planning.prefill_plan import PrefillPlan
 from alpacache.sources.source import picture_changes
 from alpacache.sources.views import views_identity
-from cache_store import CacheWriter, IdentityMismatchError, KVCodec, TransformCodec
+from cache_store import CacheWriter, IdentityMismatchError, KVCodec, LearntCodec
 from cache_store.format.store_root import mismatch
 from cache_store.writer import stored_identity, stored_provenance
 
@@ -101,7 +101,7 @@ class TargetStore:
 
         Returns the codec, the identity of a store that is there by now, and the VLM if it had to be loaded.
         """
-        if chosen is not None and not isinstance(chosen.codec, TransformCodec):
+        if chosen is not None and not isinstance(chosen.codec, LearntCodec):
             return chosen, before, None
         if plan is not None and plan.home != "gpu":
             raise UsageError(

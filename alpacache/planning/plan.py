@@ -45,7 +45,7 @@ from alpacache.planning.sample_count import count_samples
 from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_prompt, sample_bytes
 from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes, state_bytes
 from alpacache.prefix.layout import TailRoom
-from cache_store import TransformCodec, codec_named
+from cache_store import codec_named
 from cache_store.storage.local_files import free_bytes
 
 _USUAL_ROUTE = "turn left onto Main Street in 40 m"
@@ -530,7 +530,9 @@ def _bus_note(train: TrainPlan, sizes: Mapping[str, Mapping[str, int]], codec: s
     if over_bus_s <= train.step_s:
         return
     shares = {name: fields["kv"] / sizes[codec]["kv"] for name, fields in sizes.items()}
-    shares |= {_SMALL: sizes["bf16"]["kv"] * TransformCodec.named(_SMALL).rate / 16 / sizes[codec]["kv"]}  # type: ignore[union-attr]
+    small, shape = codec_named(_SMALL), (1, 2, 1, 1024, 128)
+    assert small is not None
+    shares[_SMALL] = small.expected_bytes(shape) / (2 * math.prod(shape)) * sizes["bf16"]["kv"] / sizes[codec]["kv"]
     smaller = sorted((share, name) for name, share in shares.items() if share < 0.99)
     less = ", ".join(f"{name} {(train.copy_s * share + train.bus_s) * 1e3:.0f} ms" for share, name in reversed(smaller))
     yield (

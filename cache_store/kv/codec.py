@@ -31,6 +31,11 @@ class KVCodec(ABC):
     def from_json(cls, document: dict[str, Any], where: str) -> Self:
         """The codec of an untrusted document of this kind; `FormatError` names `where` it stands."""
 
+    @property
+    def tables_bytes(self) -> bytes | None:
+        """Learnt tables, as a store keeps them; None for a codec that has none, or none yet."""
+        return None
+
     @abstractmethod
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of an encoded sample; `ValueError` for a shape that this codec does not take."""

@@ -7,6 +7,7 @@ from cache_store.errors import FormatError
 from cache_store.kv.affine import AffineCodec
 from cache_store.kv.codec import KVCodec
 from cache_store.kv.fp8 import Fp8Codec
+from cache_store.kv.learnt import LearntCodec
 from cache_store.kv.transform import TransformCodec
 
 KINDS: dict[str, type[KVCodec]] = {codec.kind: codec for codec in (AffineCodec, Fp8Codec, TransformCodec)}
@@ -44,6 +45,6 @@ def codec_from_json(document: Any, where: str, read_tables: Callable[[str], byte
     if not isinstance(kind, str) or kind not in KINDS:
         raise FormatError(f"{where}: a codec is an object with a kind among {', '.join(KINDS)}, got {kind!r}.")
     codec = KINDS[kind].from_json(document, where)
-    if isinstance(codec, TransformCodec) and read_tables is not None:
+    if isinstance(codec, LearntCodec) and read_tables is not None:
         return codec.with_tables(read_tables, where)
     return codec

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_store.errors import FormatError
-from cache_store.kv.codec import KVCodec
 from cache_store.kv.layered import MANTISSAS, MAX_VALUE, NOT_FINITE, Floats, from_bfloat16, to_bfloat16
+from cache_store.kv.learnt import LearntCodec
 
 SYMBOLS, MIDDLE, TOTAL, PROBABILITY_BITS = 256, 127, 4096, 12
 """Symbols of a table, the one that means 0, and the sum of its frequencies; the last symbol is not used."""
@@ -238,11 +238,10 @@ class Sections:
 
 
 @dataclass(frozen=True, slots=True)
-class TransformCodec(KVCodec):
+class TransformCodec(LearntCodec):
     """About `rate` bits a value, by tables that a calibration found; without them only sizes can be estimated."""
 
     kind: ClassVar[str] = "transform"
-    fixed_size: ClassVar[bool] = False
 
     rate: float
     """Bits a value that the calibration aimed at, all that belongs to a sample counted."""
@@ -285,12 +284,19 @@ class TransformCodec(KVCodec):
             raise FormatError(f"{where}: tables_sha256 is 64 hex digits, got {sha256!r}.")
         return cls(float(rate), sha256)
 
-    def with_tables(self, read: Callable[[str], bytes], where: str) -> "TransformCodec":
-        """This codec with its tables, read by their hash; `FormatError` where they are not those it was made with."""
+    @property
+    def tables_bytes(self) -> bytes | None:
+        return None if self.tables is None else self.tables.to_bytes()
+
+    @property
+    def width(self) -> int:
+        return len(self.calibrated.groups[0].mean)
+
+    def with_tables(self, read: Callable[[str], bytes], where: str) -> Self:
         data = read(self.sha256)
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise FormatError(f"{where}: the codec's tables are damaged; copy the store anew, or extract again.")
-        return TransformCodec(self.rate, self.sha256, TransformTables.from_bytes(data, where))
+        return type(self)(self.rate, self.sha256, TransformTables.from_bytes(data, where))
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> int:
         """The most that a sample takes: a header, and every token stored as it is."""
