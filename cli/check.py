@@ -1,8 +1,8 @@
 """`alpacache check` and `alpacache doctor`: faults of recordings and of the machine, found before a GPU is rented."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ def check(config: CheckConfig, json: bool) -> None:
     """
     from alpacache.checks.source import MEANINGS, check_source
     from alpacache.driving.splits import parse_split
-    from alpacache.durable import appearing, check_results_out
+    from alpacache.durable import check_results_out
     from alpacache.sources.registry import open_source
     from alpacache.sources.routes import Routes, open_route_file
     from alpacache.sources.selection import note_on_split
@@ -45,14 +45,15 @@ def check(config: CheckConfig, json: bool) -> None:
     if config.out is not None:  # before anything is read
         keys = {"ok", "source", "checks", "clips"}
         check_results_out(Path(config.out), what="check", names=_FILES, main=REPORT, keys=keys)
-    lone = note_on_split(source, split_by=parse_split(config.split_by), clips=config.clips)
+    split_by = parse_split(config.split_by)
+    lone = note_on_split(source, split_by=split_by, clips=config.clips)
     if lone is not None:
         output.note(lone)
     with output.show_progress("check") as on_progress:
         report = check_source(
             source,
             split=config.split,
-            split_by=parse_split(config.split_by),
+            split_by=split_by,
             clips=config.clips,
             t0=config.t0,
             samples=config.samples,
@@ -71,16 +72,7 @@ def check(config: CheckConfig, json: bool) -> None:
         "meanings": MEANINGS,
     }
     if config.out is not None:
-        from alpacache.checks.contact_sheet import contact_sheet_png
-        from alpacache.checks.lag_picture import lag_curve_png
-
-        with appearing(Path(config.out), replaces=(SHEET, LAGS), last=(REPORT,), names=_FILES) as directory:
-            (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
-            if report.shown:
-                (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
-            if report.lag_curve is not None:
-                title = f"{report.source}: how the picture moves sideways against how the vehicle turns"
-                (directory / LAGS).write_bytes(lag_curve_png(report.lag_curve, title=title))
+        _write(report, record, Path(config.out))
     if json:
         output.print_json(record)
     else:
@@ -89,6 +81,21 @@ def check(config: CheckConfig, json: bool) -> None:
         raise typer.Exit(output.FAILED)
     if report.refused:
         raise typer.Exit(output.QUARANTINED)
+
+
+def _write(report: "SourceReport", record: Mapping[str, Any], out: Path) -> None:
+    """Write the record and the pictures, which appear together."""
+    from alpacache.checks.contact_sheet import contact_sheet_png
+    from alpacache.checks.lag_picture import lag_curve_png
+    from alpacache.durable import appearing
+
+    with appearing(out, replaces=(SHEET, LAGS), last=(REPORT,), names=_FILES) as directory:
+        (directory / REPORT).write_text(strict_json.dumps(record, indent=1) + "\n")
+        if report.shown:
+            (directory / SHEET).write_bytes(contact_sheet_png(report.shown, title=f"{report.source}: {_TITLE}"))
+        if report.lag_curve is not None:
+            title = f"{report.source}: how the picture moves sideways against how the vehicle turns"
+            (directory / LAGS).write_bytes(lag_curve_png(report.lag_curve, title=title))
 
 
 def doctor(

@@ -79,15 +79,10 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     unread = Unread(data, skips=config.on_damage == "skip")
     indices = [index for index in data.plain if index not in unread.errors][: config.samples]
     on_rollouts = config.reasoning == "auto" and data.rollouts > 0
-    if on_rollouts and config.paths > data.rollouts:
-        raise UsageError(
-            f"{stores} has {data.rollouts} reasoning rollouts per sample, {config.paths} paths need one each; "
-            f"pass --paths {data.rollouts}, or --reasoning none for paths without reasoning."
-        )
+    if on_rollouts:
+        _check_rollouts(data, stores, paths=config.paths, controlled=bool(config.control))
     if config.swap_route:
         _check_swap(data, stores, on_rollouts=on_rollouts)
-    if config.control and on_rollouts:
-        raise UsageError("control compares paths on direct prefixes; pass --reasoning none with it.")
     on_sheet = _on_sheet(config.sheet, data, indices)
     if config.guidance is not None:
         _check_guidance(data, stores, on_rollouts=on_rollouts, compared=config.swap_route or bool(config.control))
@@ -113,16 +108,8 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
     space = _action_space(models[BASE].checkpoint)
     target_of = cache(lambda index: space.to_action(*poses(index)))
     predicted: dict[str, Predicted] = {}
-    done = 0
-
+    teller = _Teller(on_progress, started)
     with InterruptGuard() as guard:
-
-        def on_batch(samples: int) -> None:
-            nonlocal done
-            done += samples
-            rate = done / (time.monotonic() - started)
-            on_progress(Progress(done=done, total=total, unit="samples", rate=rate, notes={"model": label}))
-
         predictor = Predictor(
             indices=indices,
             sample_id=data.sample_id,
@@ -140,10 +127,11 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
             swaps_route=config.swap_route,
             controls=config.control,
             partners=partners,
-            on_batch=on_batch,
+            on_batch=teller.add,
         )
-        total = sum(predictor.passes(model.stored) for model in models.values())
+        teller.total = sum(predictor.passes(model.stored) for model in models.values())
         for label, model in models.items():
+            teller.label = label
             expert = load_trained(model.checkpoint, model.run, device, average=config.ema)
             named = f"{label!r} ({model.run or config.model})"
             predicted[label] = predictor.predict(expert, model.stored, model=named)
@@ -169,6 +157,25 @@ def evaluate(config: EvalConfig, *, on_progress: OnProgress = ignore) -> EvalRep
         seconds=seconds,
         choice=settings.get("choice"),
     )
+
+
+@dataclass(slots=True)
+class _Teller:
+    """Tells of the samples that are predicted, over all models."""
+
+    on_progress: OnProgress
+    started: float
+    total: int = 0
+    label: str = ""
+    """Model that is predicting."""
+    done: int = 0
+
+    def add(self, samples: int) -> None:
+        """Count samples and tell of them."""
+        self.done += samples
+        rate = self.done / (time.monotonic() - self.started)
+        notes = {"model": self.label}
+        self.on_progress(Progress(done=self.done, total=self.total, unit="samples", rate=rate, notes=notes))
 
 
 def _judge_all(
@@ -219,6 +226,17 @@ def _settings(config: EvalConfig, data: CachedDataset, *, on_rollouts: bool, new
     if config.guidance is not None:
         settings["guidance"] = config.guidance
     return settings
+
+
+def _check_rollouts(data: CachedDataset, store: str, *, paths: int, controlled: bool) -> None:
+    """Raise `UsageError` where paths on reasoning rollouts lack rollouts, or would be compared with others."""
+    if paths > data.rollouts:
+        raise UsageError(
+            f"{store} has {data.rollouts} reasoning rollouts per sample, {paths} paths need one each; "
+            f"pass --paths {data.rollouts}, or --reasoning none for paths without reasoning."
+        )
+    if controlled:
+        raise UsageError("control compares paths on direct prefixes; pass --reasoning none with it.")
 
 
 def _check_guidance(data: CachedDataset, store: str, *, on_rollouts: bool, compared: bool) -> None:

@@ -98,12 +98,8 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
     infos = base.infos(base.with_prefix(*OWN_PARTS) if config.expert_only else base.names)
     tensors = MergedTensors(base, infos, run.model, where=path)
     lean = not any(name.startswith("vlm.") for name in infos)
-    if config.expert_only:  # small files of the base, and the expert's tensors in one new file
-        small = {_new_name(name): file for name, file in files.files(*SMALL_FILES).items() if not name.endswith(INDEX)}
-        draft = Draft(copied=small, new_bytes=sum(info.nbytes for info in infos.values()))
-        if base is not files:
-            del draft.copied[_CONFIG]
-            draft.texts[_CONFIG] = json.dumps(dict(base.config.raw), indent=2) + "\n"
+    if config.expert_only:
+        draft = _expert_draft(base, files, new_bytes=sum(info.nbytes for info in infos.values()))
     else:
         draft = _full_draft(base, tensors)
     draft.texts[INDEX] = _index(base, infos, run, single=config.expert_only, average=config.ema)
@@ -140,6 +136,19 @@ def export(config: ExportConfig, *, on_progress: OnProgress = ignore) -> ExportR
         existed=occupied,
         seconds=time.monotonic() - started,
     )
+
+
+def _expert_draft(base: Checkpoint, files: Checkpoint, *, new_bytes: int) -> Draft:
+    """Small files of the base, beside which the expert's tensors come in one new file.
+
+    `files`: the base as it lies there; `base` differs from it where a run's expert has a size of its own.
+    """
+    small = {_new_name(name): file for name, file in files.files(*SMALL_FILES).items() if not name.endswith(INDEX)}
+    draft = Draft(copied=small, new_bytes=new_bytes)
+    if base is not files:
+        del draft.copied[_CONFIG]
+        draft.texts[_CONFIG] = json.dumps(dict(base.config.raw), indent=2) + "\n"
+    return draft
 
 
 def _occupied(out: str) -> UsageError:

@@ -217,24 +217,16 @@ def plan(config: PlanConfig) -> Plan:
     else:
         attended = len(held)
     machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
-    hidden_states = config.hidden_states == "last"
+    parts: dict[str, Any] = {"hidden_states": config.hidden_states == "last", "rollouts": rollouts, "layers": layers}
     sizes = {
-        name: sample_bytes(
-            geometry,
-            prompt,
-            codec=codec_for(name, layers),
-            hidden_states=hidden_states,
-            rollouts=rollouts,
-            layers=layers,
-        )
+        name: sample_bytes(geometry, prompt, codec=codec_for(name, layers), **parts)
         for name in dict.fromkeys([*codec_names(), config.codec])
     }
     chosen, one_bytes = sizes[config.codec], sum(sizes[config.codec].values())
     store_bytes = samples * one_bytes
     free = None if config.store is None else free_bytes(existing_folder(config.store))
-    cap = allowed_bytes(machine.gpu.memory_gb)
-    if config.memory_budget is not None:
-        cap = min(cap, budget_bytes(config.memory_budget))
+    budget = () if config.memory_budget is None else (budget_bytes(config.memory_budget),)
+    cap = min((allowed_bytes(machine.gpu.memory_gb), *budget))
     kv_bytes = chosen["kv"] + _TAIL_SHARE[config.prefix] * chosen.get(f"{tail_name(0)}kv", 0)
     work = _training(config, geometry, prompt, attended)
     memory = fastest_plan(
