@@ -226,7 +226,8 @@ def test_pictures_unlike_those_trained_on_are_told(tmp_path, monkeypatch, caplog
     def stop(*_, **__):
         raise UsageError("far enough")
 
-    monkeypatch.setattr(film, "_drivers", lambda config: (SimpleNamespace(changes=trained, frames=1), {}))
+    driver = SimpleNamespace(changes=trained, observer=SimpleNamespace(frames=1))
+    monkeypatch.setattr(film, "_drivers", lambda *_, **__: (driver, {}))
     monkeypatch.setattr(film, "_moments", stop)
     with pytest.raises(UsageError, match="far enough"):
         drive(config("none", tmp_path / "a.mp4"))
