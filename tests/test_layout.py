@@ -157,6 +157,17 @@ def test_only_the_model_package_imports_model_classes():
             assert all(module.split(".")[0] != "transformers" for module, _ in imports(path)), path
 
 
+def test_only_the_rooms_of_codecs_know_their_kinds():
+    """The next codec is one class there and one in torch: nothing else asks which one it is."""
+    from cache_store.kv.registry import KINDS
+
+    kinds = {kind.__name__ for kind in KINDS.values()}
+    rooms = {ROOT / "cache_store/kv", ROOT / "alpacache/prefix"}
+    for path in [path for package in PACKAGES for path in modules(package) if path.parent not in rooms]:
+        if path != ROOT / "cache_store/__init__.py":
+            assert not any(kinds & names for _, names in imports(path)), path
+
+
 def test_only_the_command_line_prints():
     for path in modules("alpacache") + modules("cache_store"):
         for node in ast.walk(tree(path)):

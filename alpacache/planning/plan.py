@@ -207,7 +207,12 @@ def plan(config: PlanConfig) -> Plan:
     family, sizes_of = released(config.family)
     if checkpoint is not None and config.family is not None:
         raise UsageError(f"family {config.family} is for plans without a model; leave --family or --model out.")
-    prompt, is_unclear = _prompt(config, checkpoint, cameras, names_cameras=family.prompt.camera_names)
+    builder, is_unclear = (None, False) if checkpoint is None else _builder(checkpoint, config.route)
+    if not (family.prompt if builder is None else builder.format).camera_names:
+        check_places(config.cameras, config.blank)
+    route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
+    shown: dict[str, Any] = {"frames": config.frames, "picture": config.picture, "route": route}
+    prompt = planned_prompt(builder, cameras, **shown, family=config.family)
     geometry = sizes_of.geometry if checkpoint is None else geometry_of(checkpoint)
     layers = None if config.layers is None else chosen_layers(config.layers, geometry.layers)
     held = tuple(range(geometry.layers)) if layers is None else layers
@@ -228,7 +233,10 @@ def plan(config: PlanConfig) -> Plan:
     budget = () if config.memory_budget is None else (budget_bytes(config.memory_budget),)
     cap = min((allowed_bytes(machine.gpu.memory_gb), *budget))
     kv_bytes = chosen["kv"] + _TAIL_SHARE[config.prefix] * chosen.get(f"{tail_name(0)}kv", 0)
-    work = _training(config, geometry, prompt, attended)
+    room = None if config.prefix == "direct" else TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
+    training = config.trainable, config.lora_rank, config.codec, config.batch_size
+    work = _workload(geometry, prompt.tokens, *training, room)
+    work = replace(work, layout=replace(work.layout, layers=attended))
     memory = fastest_plan(
         work,
         draws=config.draws,
@@ -295,33 +303,12 @@ def plan(config: PlanConfig) -> Plan:
     )
 
 
-def _prompt(
-    config: PlanConfig, checkpoint: Checkpoint | None, cameras: tuple[str, ...], *, names_cameras: bool
-) -> tuple[PlannedPrompt, bool]:
-    """The prompt, and True where the checkpoint does not say what it was trained with: then the longer one counts.
-
-    `names_cameras`: the prompt of the family that is planned for without a checkpoint.
-    """
-    builder, is_unclear = None, False
-    if checkpoint is not None:
-        is_unclear = recognise_family(checkpoint).family is None
-        text = True if is_unclear else None
-        builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=config.route)
-        names_cameras = builder.format.camera_names
-    if not names_cameras:
-        check_places(config.cameras, config.blank)
-    route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
-    prompt = planned_prompt(
-        builder, cameras, frames=config.frames, picture=config.picture, route=route, family=config.family
-    )
-    return prompt, is_unclear
-
-
-def _training(config: PlanConfig, geometry: Geometry, prompt: PlannedPrompt, attended: int) -> Workload:
-    """Training of so many layers of each prefix."""
-    room = None if config.prefix == "direct" else TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
-    work = _workload(geometry, prompt.tokens, config.trainable, config.lora_rank, config.codec, config.batch_size, room)
-    return replace(work, layout=replace(work.layout, layers=attended))
+def _builder(checkpoint: Checkpoint, route: str) -> tuple[InputBuilder, bool]:
+    """The builder of a checkpoint's prompt, and True where nothing says what it was trained with: then it is the longer
+    one."""
+    is_unclear = recognise_family(checkpoint).family is None
+    text = True if is_unclear else None
+    return InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=route), is_unclear
 
 
 def _with_new_expert(geometry: Geometry, choices: Mapping[str, Any], held: Sequence[int]) -> tuple[Geometry, int]:
