@@ -88,12 +88,12 @@ def test_what_fits_nowhere_is_refused_with_what_is_needed():
     ("device_gib", "host_gib", "home", "tower_streams"),
     [
         (17.0, 0, "gpu", False),
-        (15.0, 64, "ram", False),
-        (15.0, 12, "files", False),
-        (1.0, 64, "ram", True),
-        (1.0, 12, "files", True),
+        (14.0, 64, "ram", False),
+        (14.0, 12, "files", False),
+        (1.25, 64, "ram", True),
+        (1.25, 12, "files", True),
         (0.5, 64, None, True),
-        (15.0, 2, None, True),
+        (14.0, 2, None, True),
     ],
 )
 def test_weights_alone_go_where_a_plan_would_have_them(device_gib, host_gib, home, tower_streams):
