@@ -74,28 +74,20 @@ def collect_garbage(
     spare = {f"{CODECS}/{name}" for name in storage.names(CODECS)} if CODECS in storage.names("") else set()
     if (tables := codec_tables.name_in(root.identity)) is not None:
         spare.discard(codec_tables.path_of(tables))
-    for path_of_tables in sorted(spare):  # of writers that lost the race for the root, or were killed before it
-        tables_bytes, changed = storage.extent(path_of_tables)
-        if now - changed < min_age_s:
-            young += 1
-            continue
-        temporaries += 1
-        size += tables_bytes
-        if not dry_run:
-            storage.delete([path_of_tables])
-    for name in sorted(storage.names(STAGING, flat=True)):
+    staged = sorted(storage.names(STAGING, flat=True))
+    for name in staged if not dry_run else ():
         if name.startswith(_ASIDE):
-            if not dry_run:
-                _finish(storage, root, name.removeprefix(_ASIDE), listed)
-            continue
-        temporary_bytes, changed = storage.extent(f"{STAGING}/{name}")
+            _finish(storage, root, name.removeprefix(_ASIDE), listed)
+    # Tables are of writers that lost the race for the root, or were killed before it.
+    for left in (*sorted(spare), *(f"{STAGING}/{name}" for name in staged if not name.startswith(_ASIDE))):
+        left_bytes, changed = storage.extent(left)
         if now - changed < min_age_s:
             young += 1
             continue
         temporaries += 1
-        size += temporary_bytes
+        size += left_bytes
         if not dry_run:
-            storage.delete([f"{STAGING}/{name}"])
+            storage.delete([left])
     if drop_set_aside and not dry_run:
         storage.delete(aside)
     return GarbageReport(
