@@ -31,6 +31,7 @@ from alpacache.planning.workload import MemoryPlan, Workload, expert_sizes
 from alpacache.progress import OnProgress, ignore
 from alpacache.torchrun import lone_task
 from alpacache.training import auto_settings
+from alpacache.training.absence import Absence
 from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples, batches_of, choice_lines
@@ -194,7 +195,7 @@ class _Run:
         self.cut_short = False
         """True if a request to stop ended the last validation."""
         self.step = 0
-        self.guard = InterruptGuard()
+        self.guard, self.absence = InterruptGuard(), Absence()
         self.stopped_early = self.stopping = False
         saved = self._begin_or_restore()
         if config.ema is not None and world.is_first:
@@ -531,10 +532,13 @@ class _Run:
                 self._note(error, for_good=self.damaged.leave_out(error))
 
     def _meet_damage(self, error: SampleReadError | UnreachableStoreError) -> None:
-        """Leave a sample out that cannot be read, or save and raise the error."""
+        """Leave a sample out that cannot be read, wait for a store that is away, or save and raise the error."""
         try:
             if isinstance(error, UnreachableStoreError):
-                raise error
+                if self.world.size > 1:  # several processes could not agree on it
+                    raise error
+                self.absence.wait(self.step, error, self.guard)
+                return
             for_good = self.damaged.leave_out(error, until=(self.step + 1) * self.config.batch_size)
         except (SampleReadError, UnreachableStoreError):
             if self.step > self.first and self.world.size == 1:

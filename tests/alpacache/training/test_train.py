@@ -31,12 +31,13 @@ from alpacache.distributed.world import World
 from alpacache.errors import DataError, InterruptedRunError, NonFiniteError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.gpu import checksum
+from alpacache.training import absence
 from alpacache.training import train as training
 from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.training.run_state import sealed
 from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, LearningRate
-from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError, UnreadableSampleError
+from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError, UnreadableSampleError, rereading
 from cache_store.format.names import sample_key
 
 pytestmark = pytest.mark.system  # whole runs of a tiny model
@@ -656,6 +657,7 @@ def test_a_store_that_goes_away_ends_the_run_saved(tiny_checkpoint, store, tmp_p
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", failing)
+    monkeypatch.setattr(absence, "_LONGEST_S", 0.0)
     settings = {"steps": 20, "save_every": 99, "on_damage": "skip"}
     with pytest.raises(UnreachableStoreError, match=r"not there any more.*mounted"):
         alpacache.train(config(tiny_checkpoint, place, out, **settings))
@@ -666,6 +668,40 @@ def test_a_store_that_goes_away_ends_the_run_saved(tiny_checkpoint, store, tmp_p
     monkeypatch.undo()
     report = alpacache.train(config(tiny_checkpoint, place, out, **settings, resume=True))
     assert (report.steps, report.damaged, report.missed) == (20, 0, 0)
+
+
+def test_a_store_that_comes_back_costs_nothing(tiny_checkpoint, store, tmp_path, monkeypatch, caplog):
+    """It is away for longer than any read is tried again; the run ends with the same weights as an undisturbed one."""
+    place, opened, out = shutil.copytree(store, tmp_path / "disk"), os.open, tmp_path / "run"
+    settings = {"steps": 8, "on_damage": "skip", "ema": 0.9}
+    alpacache.train(config(tiny_checkpoint, place, tmp_path / "calm", **settings))
+    gone = []
+
+    def failing(path, *args, **kwargs):
+        if not gone and (out / "metrics.jsonl").exists() and any("loss" in row for row in rows(out)):
+            gone.append(path)
+            place.rename(tmp_path / "unmounted")
+        return opened(path, *args, **kwargs)
+
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 75:  # in the second pause
+            (tmp_path / "unmounted").rename(place)
+
+    monkeypatch.setattr(os, "open", failing)
+    monkeypatch.setattr(rereading, "WAITS_S", ())
+    monkeypatch.setattr(absence, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=sleep))
+    report = alpacache.train(config(tiny_checkpoint, place, out, **settings))
+    assert 75 <= len(slept) <= 110
+    assert (report.steps, report.damaged, report.missed) == (8, 0, 0)
+    assert caplog.text.count("the store is not there any more; training waits for it up to 10 minutes") == 1
+    calm, disturbed = (read_checkpoint(run / "last", average=True) for run in (tmp_path / "calm", out))
+    for kind in ("model", "average"):
+        first, second = getattr(calm, kind), getattr(disturbed, kind)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [row["step"] for row in rows(out)] == list(range(1, 9))
 
 
 def test_a_ring_of_samples_in_memory_is_gone_before_the_next_is_made(tiny_checkpoint, store, tmp_path, monkeypatch):
