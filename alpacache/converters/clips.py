@@ -18,7 +18,7 @@ from alpacache.driving.sample import FRAME_STEP_US, FUTURE_STEPS, HISTORY_STEPS,
 from alpacache.errors import BadClipError
 
 SHORTEST_US = STEP_US * (HISTORY_STEPS + FUTURE_STEPS) + FRAME_STEP_US
-"""Least that a sample can be cut from: 1.6 s before t0, 6.4 s after it, and a step that times need not fit."""
+"""Shortest drive that gives a sample: 1.6 s before t0, 6.4 s after it, and a step that times need not fit."""
 STRAIGHT_RADPS, FAST_MPS, LEAST_STRAIGHT_S = 0.02, 8.0, 5.0
 """A mount is estimated where the drive turns slower and goes faster than this, over so much time at least."""
 
@@ -38,12 +38,12 @@ class Piece:
     name: str
     begin_us: int
     end_us: int
-    """The first instant that is not in it; of the last piece one beyond its last row."""
+    """First instant behind it; for the last piece, one beyond its last row."""
     track: Track
 
 
 def settle(drive: LoggedDrive, *, offset_m: Triple | None, mount_deg: Mount | None) -> Settled:
-    """Poses of the rear axle; `offset_m` and `mount_deg` take the place of the drive's own.
+    """Move a drive's poses to the rear axle; `offset_m` and `mount_deg` take the place of the drive's own.
 
     Raises `BadClipError` for poses that are none, and where a mount is to be estimated and cannot be.
     """
@@ -107,7 +107,7 @@ def estimated_mount(track: Track, *, where: str) -> tuple[Triple, float]:
 
 
 def pieces(drive: LoggedDrive, track: Track, clip_seconds: float | None) -> tuple[list[Piece], list[Dropped]]:
-    """Pieces of what poses and all cameras cover; without `clip_seconds` one, with all rows.
+    """Cut what poses and all cameras cover into pieces; without `clip_seconds` it is one, with all rows.
 
     A rest too short for a sample stays with the piece before it.
     """

@@ -19,9 +19,9 @@ MOST_CHUNK_BYTES = 2**30
 
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name that disks take."""
+"""Longest name of a file (bytes) that disks take."""
 MOST_SECONDS = 9e12
-"""Microseconds beyond it would leave 64 bits."""
+"""Largest time that is read: microseconds beyond it would leave 64 bits."""
 
 
 class UnusableError(BadClipError):

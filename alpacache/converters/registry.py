@@ -26,7 +26,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of a name. Raises `UsageError` for others."""
+    """Find the kind of this name. Raises `UsageError` for any other."""
     if name not in KINDS:
         raise UsageError(f"{name!r} is no kind of recording; known: {', '.join(KINDS)}.")
     return KINDS[name]
@@ -43,7 +43,7 @@ def open_drives(kind: Kind, place: Path, options: Mapping[str, Any]) -> Iterator
 
 
 def _in_bounds(drives: Iterator[LoggedDrive | Dropped], place: Path) -> Iterator[LoggedDrive | Dropped]:
-    """The same; a number that no time or size can be is a `SourceError`, whichever file it stands in."""
+    """Yield the drives; a number that no time or size can be is a `SourceError`, whichever file it stands in."""
     try:
         yield from drives
     except OverflowError as error:

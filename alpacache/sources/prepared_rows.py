@@ -37,7 +37,7 @@ MIXED = "it holds pictures that were changed and others; keep them in datasets o
 T0 = "t0_us"
 """Column that says what the id says, read where it is there."""
 ORIGIN_SLACK_M = ROTATION_SLACK = 0.01
-"""Rows of 16-bit numbers are still right."""
+"""Slack (m, and of a rotation's elements) with which rows of 16-bit numbers are still right."""
 TORN_MPS, TORN_TIMES = 2.5, 8.0
 """Change of velocity within one step at t0 from which on, if it is so many times the usual one, a future is not that of
 its history. Localisation that is noisy changes elsewhere, too."""

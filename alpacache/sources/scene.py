@@ -161,7 +161,7 @@ def _sky(camera: Camera, look: Look, yaw_rad: float) -> Floats32:
 def _ground(
     camera: Camera, look: Look, roads: Sequence[Road], *, position: Floats, yaw_rad: float, arc_m: float
 ) -> Floats32:
-    """Colours `[ground, 3]` of the ground pixels. Where roads lie over each other, the one whose edge is further."""
+    """Colours `[ground, 3]` of the ground pixels; where roads lie over each other, of the one whose edge is further."""
     cos, sin = np.float32(np.cos(yaw_rad)), np.float32(np.sin(yaw_rad))
     x, y = camera.ground_xy.T
     world_x = x * cos - y * sin + np.float32(position[0])

@@ -28,7 +28,7 @@ from alpacache.sources.source import SourceKind
 
 DEFAULT_MIX: Mapping[str, float] = {"straight": 0.4, "early_curve": 0.2, "late_curve": 0.3, "curve_end": 0.1}
 _MOST_CLIPS = 1_000_000
-"""All their ids are kept in memory."""
+"""Most clips of a source, since all their ids are kept in memory."""
 _FRONT_FOV_DEG = (55.0, 68.0)
 """Range of the front camera's field of view: narrower than the real one, to show 60 m of road in a small picture."""
 _VIEWS = ((55.0, 1.0), (0.0, 1.0), (-55.0, 1.0), (145.0, 1.0), (180.0, 0.5), (-145.0, 1.0), (0.0, 0.5))
@@ -85,7 +85,7 @@ class SyntheticSource:
         self._mix = tuple((shape, mix[shape] / total) for shape in SHAPES if mix.get(shape, 0) > 0)
 
     def times_us(self, clip_id: str) -> tuple[int, int]:
-        """0 to 20 s, for every clip."""
+        """First and last instant of a clip: 0 and 20 s for every one."""
         self._index(clip_id)
         return 0, CLIP_US
 

@@ -18,15 +18,15 @@ from alpacache.regular_file import lfs_pointer, regular_size
 
 MAX_FILE_BYTES = 2**30
 MAX_ROWS = 4_000_000
-"""More than an hour of poses at 1 kHz."""
+"""Most rows of a table: more than an hour of poses at 1 kHz."""
 MAX_DECODED_BYTES = 2**30
 MAX_RATE_HZ = 2_000
 """Most rows a second of a recording of more than `FEW_ROWS`; localisation gives 10 to 200."""
 FEW_ROWS = 100_000
-"""Up to so many rows no rate is too much work: where times are in another unit, `check` says so."""
+"""Rows up to which no rate is too much work: where times are in another unit, `check` says so."""
 _READ_AT_ONCE = 65_536
 _MAX_RATIO = 100
-"""Pictures, which make up the bytes of samples, do not shrink."""
+"""Largest ratio of unfolded to packed bytes: pictures, which make up the bytes of samples, do not shrink."""
 _INDEX_BYTES = 16
 """Compressed bytes that an index into a dictionary takes at most, a value that is written out at least."""
 
