@@ -7,7 +7,7 @@ gone through once for times and poses; pictures are read again when they are wri
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from alpacache.converters.cut_bag_log import CutBagLog
 from alpacache.converters.drive import Camera, Dropped, LoggedDrive
 from alpacache.converters.kind import Kind, Listing
 from alpacache.converters.mcap_log import MAGIC, McapLog
-from alpacache.converters.messages import MessageLog, Topic, part
+from alpacache.converters.messages import Message, MessageLog, Topic, part
 from alpacache.converters.ros_pictures import PICTURE_TYPES, VIDEO_TYPES, PictureReader
 from alpacache.converters.ros_poses import POSE_TYPES, STATIC, PoseReader, Stamps
 from alpacache.converters.rosbag_log import RosbagLog
@@ -80,27 +80,19 @@ def drives(
     lenses = _lens_topics(cameras, topics)
     names = {topic: name for name, topic in cameras.items()}
     found_lenses: dict[str, Any] = {}
-    bad: dict[str, list[str]] = {}
-    for message in log.messages({*poses.topics, *names, *lenses}):
-        try:
-            if message.topic in names:
-                pictures[names[message.topic]].take(message)
-            elif message.topic in lenses:
-                if lenses[message.topic] not in found_lenses:
-                    found_lenses[lenses[message.topic]] = _lens(message.read())
-            else:
-                poses.take(message)
-        except BadClipError as error:
-            bad.setdefault(message.topic, []).append(str(error).rstrip("."))
-        except UsageError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # JSON has anything in any place.
-            why = f"{message.topic} at {message.log_ns} ns is of another form than its type ({error})"
-            bad.setdefault(message.topic, []).append(why)
+
+    def take(message: Message) -> None:
+        if message.topic in names:
+            pictures[names[message.topic]].take(message)
+        elif message.topic in lenses:
+            if lenses[message.topic] not in found_lenses:
+                found_lenses[lenses[message.topic]] = _lens(message.read())
+        else:
+            poses.take(message)
+
+    unread = _go_through(log.messages({*poses.topics, *names, *lenses}), take)
     found = poses.found()
     facts: dict[str, Any] = {"poses": found.facts, "cameras": {}}
-    unread = [Dropped(what="messages", count=len(why), reason=why[0]) for why in bad.values()]
     dropped, read = [*log.lost, *unread, *found.dropped], dict[str, Camera]()
     for name, reader in pictures.items():
         read[name], facts["cameras"][name], lost = reader.camera(log)
@@ -121,6 +113,23 @@ def drives(
         dropped=dropped,
         facts=facts,
     )
+
+
+def _go_through(messages: Iterable[Message], take: Callable[[Message], None]) -> list[Dropped]:
+    """Give all messages to `take`; those that it cannot take are dropped, a row a topic with the first reason."""
+    bad: dict[str, list[str]] = {}
+    for message in messages:
+        try:
+            take(message)
+        except BadClipError as error:
+            bad.setdefault(message.topic, []).append(str(error).rstrip("."))
+        except UsageError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # JSON has anything in any place.
+            why = f"{message.topic} at {message.log_ns} ns is of another form than its type ({error})"
+            bad.setdefault(message.topic, []).append(why)
+    return [Dropped(what="messages", count=len(why), reason=why[0]) for why in bad.values()]
 
 
 def list_topics(place: Path, *, kind: str) -> Listing:
