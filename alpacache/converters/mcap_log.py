@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ MAGIC = b"\x89MCAP0\r\n"
 class McapLog:
     """The messages of MCAP files, in this order."""
 
-    def __init__(self, files: Sequence[Path], *, keeps: object = None) -> None:
-        """`keeps`: what the files live as long as. Raises `SourceError` for files that are none."""
-        self._files, self._keeps = list(files), keeps
+    def __init__(self, files: Sequence[Path], *, is_packed: bool = False, keeps: object = None) -> None:
+        """`is_packed`: each message is zstd; `keeps`: what the files live as long as.
+
+        Raises `SourceError` for files that are none.
+        """
+        self._files, self._is_packed, self._keeps = list(files), is_packed, keeps
         self._lost: dict[tuple[int, int], Dropped] = {}
         self._channels: dict[int, tuple[dict[int, Any], dict[int, Any]]] = {}
         self._topics: dict[str, Topic] | None = None
@@ -90,7 +94,8 @@ class McapLog:
             if topics is not None and channel.topic not in topics:
                 continue
             if channel.id not in decoders:
-                decoders[channel.id] = _decoder(channel, schema)
+                decoder = _decoder(channel, schema)
+                decoders[channel.id] = partial(_unpacking, decoder) if self._is_packed else decoder
             yield Message(
                 topic=channel.topic,
                 log_ns=message.log_time,
@@ -201,6 +206,10 @@ def _records(file: Path, offset: int = 0) -> Iterator[tuple[int, Any]]:
 def _whole(chunk: Any) -> Any:
     """A chunk decompressed, within bounds. Raises one of `_DAMAGED`."""
     return replace(chunk, compression="", data=unpacked(chunk.data, chunk.compression, chunk.uncompressed_size))
+
+
+def _unpacking(decode: Callable[[bytes], Any], data: bytes) -> Any:
+    return decode(unpacked(data, "zstd"))
 
 
 def _summed_up(file: Path) -> list[Topic]:

@@ -197,7 +197,7 @@ def _with_metadata(place: Path) -> MessageLog:
     if packed == "file":
         folder, files = unpacked_files(files)
         return McapLog(files, keeps=folder) if storage == "mcap" else RosbagLog(files, keeps=folder)
-    return McapLog(files) if storage == "mcap" else RosbagLog([place])
+    return McapLog(files, is_packed=packed == "message") if storage == "mcap" else RosbagLog([place])
 
 
 def _check_regular(files: Sequence[Path]) -> None:

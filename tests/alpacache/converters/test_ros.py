@@ -573,11 +573,12 @@ def test_a_bag_of_ros_1_that_was_cut_off_is_read_as_far_as_it_is_whole(curved, t
     assert list_topics(path, kind="rosbag").rows[1][:3] == ["/pose", "geometry_msgs/PoseStamped", str(count)]
 
 
-def write_bag(path, curved, times_ns, *, compression="none"):
-    """A bag of ROS 2 in SQLite."""
+def write_bag(path, curved, times_ns, *, compression="none", storage="SQLITE3"):
+    """A bag of ROS 2, in SQLite or MCAP."""
     from rosbags.typesys import Stores, get_typestore
 
-    store, writer = get_typestore(Stores.ROS2_HUMBLE), rosbag2.Writer(path, version=8)
+    store = get_typestore(Stores.ROS2_HUMBLE)
+    writer = rosbag2.Writer(path, version=8, storage_plugin=rosbag2.StoragePlugin[storage])
     if compression != "none":
         writer.set_compression(rosbag2.CompressionMode[compression.upper()], rosbag2.CompressionFormat.ZSTD)
     with writer:
@@ -596,15 +597,16 @@ def replaced_message(database, data, *, topic="/pose", number=100):
         opened.execute("UPDATE messages SET data = ? WHERE id = ?", (data, row))
 
 
+@pytest.mark.parametrize("storage", ["SQLITE3", "MCAP"])
 @pytest.mark.parametrize("compression", ["none", "message", "file"])
-def test_a_bag_of_ros_2_becomes_the_drive_it_was_written_from(curved, times_ns, tmp_path, compression):
+def test_a_bag_of_ros_2_becomes_the_drive_it_was_written_from(curved, times_ns, tmp_path, compression, storage):
     path = tmp_path / "a"
-    write_bag(path, curved, times_ns, compression=compression)
+    write_bag(path, curved, times_ns, compression=compression, storage=storage)
     assert_same_drive(only(path), curved, times_ns)
     assert not list(Path(tempfile.gettempdir()).glob("alpacache-bag-*"))
     if compression == "none":
-        (db3,) = path.glob("*.db3")
-        assert_same_drive(only(db3), curved, times_ns)
+        (file,) = (file for file in path.iterdir() if file.suffix in (".db3", ".mcap"))
+        assert_same_drive(only(file), curved, times_ns)
 
 
 def test_a_message_that_unfolds_beyond_what_a_log_has_is_left_out(curved, times_ns, tmp_path, monkeypatch):
