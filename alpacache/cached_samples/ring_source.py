@@ -277,8 +277,12 @@ class RingSource:
             action = self._space.to_action(*map(torch.from_numpy, poses))
         except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             if len(indices) == 1:
-                sample_id = self._dataset.sample_id(indices[0])
-                raise DataError(f"sample {sample_id!r}: its path cannot be turned into actions; {error}") from error
+                is_finite = all(np.isfinite(array).all() for array in poses)
+                why = f"cannot be turned into actions ({str(error).rstrip('.')})" if is_finite else "is not finite"
+                raise DataError(
+                    f"sample {self._dataset.sample_id(indices[0])!r}: its stored path {why}. Leave it out with "
+                    "--except, or extract it again into a new store."
+                ) from error
             alone = ([array[i : i + 1] for array in poses] for i in range(len(indices)))
             action = torch.cat([self._solve([index], of_one)[0] for index, of_one in zip(indices, alone, strict=True)])
         return action, turns_ahead(*poses[1:])

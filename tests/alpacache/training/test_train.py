@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import google_crc32c
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -37,7 +38,14 @@ from alpacache.training.config import TrainConfig
 from alpacache.training.run_directory import RunDirectory, read_checkpoint, read_trained
 from alpacache.training.run_state import sealed
 from alpacache.training.schedule import FORMER_SCHEDULE, SCHEDULE, LearningRate
-from cache_store import CacheReader, CorruptSampleError, UnreachableStoreError, UnreadableSampleError, rereading
+from cache_store import (
+    CacheReader,
+    CacheWriter,
+    CorruptSampleError,
+    UnreachableStoreError,
+    UnreadableSampleError,
+    rereading,
+)
 from cache_store.format.names import sample_key
 
 pytestmark = pytest.mark.system  # whole runs of a tiny model
@@ -621,6 +629,23 @@ def test_a_sample_that_cannot_be_read_for_a_while_comes_back(tiny_checkpoint, st
     lasting = [sample_id] * report.damaged
     assert [row["damaged"] for row in rows(out) if "damaged" in row] == lasting
     assert read_checkpoint(out / "last").state["damaged"] == lasting
+
+
+@pytest.mark.parametrize("field", ["history_xyz", "future_rot"])
+def test_a_stored_path_that_is_not_finite_is_named_and_can_be_left_out(tiny_checkpoint, store, tmp_path, field):
+    whole = CacheReader(store)
+    broken = CacheWriter(tmp_path / "broken", fields=list(whole.fields.values()), identity=dict(whole.identity))
+    for number, sample_id in enumerate(whole.sample_ids):
+        arrays = {name: np.array(array) for name, array in whole.read(sample_id).items()}
+        if number == 3:
+            arrays[field].flat[0] = math.nan
+        broken.write(sample_id, arrays)
+    bad = whole.sample_ids[3]
+    told = rf"sample '{bad}': its stored path is not finite\. Leave it out with --except"
+    with pytest.raises(DataError, match=told):
+        alpacache.train(config(tiny_checkpoint, tmp_path / "broken", tmp_path / "run", steps=5))
+    report = alpacache.train(config(tiny_checkpoint, tmp_path / "broken", tmp_path / "other", steps=5, exclude=(bad,)))
+    assert (report.steps, report.chosen["samples"]) == (5, 9)
 
 
 def damaged_record(store, path):
