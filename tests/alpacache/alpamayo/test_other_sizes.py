@@ -131,7 +131,7 @@ def test_a_driver_is_evaluated_to_the_bit(model, store, samples):
         for one in predict_ahead(expert, data, range(SAMPLES), **settings)
     }
     for sample in samples:
-        live = driver.paths(driver.see(sample, source.track(sample.ref.clip_id)), paths=2, flow_steps=3)
+        live = driver.paths(driver.observer.see(sample, source.track(sample.ref.clip_id)), paths=2, flow_steps=3)
         assert np.array_equal(live.actions, predicted[sample.ref.sample_id].numpy())
 
 
