@@ -203,24 +203,18 @@ def plan(config: PlanConfig) -> Plan:
         most=config.samples,
     )
     rollouts, samples = config.tails, counted.samples * config.views
-    checkpoint = None if config.model is None else Checkpoint(config.model)
-    family, sizes_of = released(config.family)
-    if checkpoint is not None and config.family is not None:
-        raise UsageError(f"family {config.family} is for plans without a model; leave --family or --model out.")
-    builder, is_unclear = (None, False) if checkpoint is None else _builder(checkpoint, config.route)
-    if not (family.prompt if builder is None else builder.format).camera_names:
-        check_places(config.cameras, config.blank)
-    route = {"none": None, "source": _USUAL_ROUTE}.get(config.route, config.route)
-    shown: dict[str, Any] = {"frames": config.frames, "picture": config.picture, "route": route}
-    prompt = planned_prompt(builder, cameras, **shown, family=config.family)
-    geometry = sizes_of.geometry if checkpoint is None else geometry_of(checkpoint)
-    layers = None if config.layers is None else chosen_layers(config.layers, geometry.layers)
-    held = tuple(range(geometry.layers)) if layers is None else layers
-    lacks_layers = layers is not None and not config.from_scratch
-    if config.from_scratch:
-        geometry, attended = _with_new_expert(geometry, config.expert_choices, held)
-    else:
-        attended = len(held)
+    model = _planned_model(
+        config.model,
+        config.family,
+        recorded=config.cameras,
+        blank=config.blank,
+        frames=config.frames,
+        picture=config.picture,
+        route=config.route,
+        layers=config.layers,
+        new_expert=config.expert_choices if config.from_scratch else None,
+    )
+    geometry, prompt, layers = model.geometry, model.prompt, model.layers
     machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
     parts: dict[str, Any] = {"hidden_states": config.hidden_states == "last", "rollouts": rollouts, "layers": layers}
     sizes = {
@@ -236,7 +230,7 @@ def plan(config: PlanConfig) -> Plan:
     room = None if config.prefix == "direct" else TailRoom(stored=prompt.tokens, tail=longest_tail(prompt))
     training = config.trainable, config.lora_rank, config.codec, config.batch_size
     work = _workload(geometry, prompt.tokens, *training, room)
-    work = replace(work, layout=replace(work.layout, layers=attended))
+    work = replace(work, layout=replace(work.layout, layers=model.attended))
     memory = fastest_plan(
         work,
         draws=config.draws,
@@ -297,18 +291,65 @@ def plan(config: PlanConfig) -> Plan:
             *_misfits(store_bytes, free, refusal, store=config.store),
             *_bus_note(train, sizes, config.codec),
             *_basis(machine, own_model=geometry.model != DEFAULT_RELEASED.geometry.model, rollouts=config.tails),
-            *([_UNTOLD] if is_unclear else []),
-            *([_OWN_EXPERT.format(model=geometry.model)] if lacks_layers else []),
+            *([_UNTOLD] if model.is_unclear else []),
+            *([_OWN_EXPERT.format(model=geometry.model)] if layers is not None and not config.from_scratch else []),
         ),
     )
 
 
-def _builder(checkpoint: Checkpoint, route: str) -> tuple[InputBuilder, bool]:
-    """The builder of a checkpoint's prompt, and True where nothing says what it was trained with: then it is the longer
-    one."""
-    is_unclear = recognise_family(checkpoint).family is None
-    text = True if is_unclear else None
-    return InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=route), is_unclear
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlannedModel:
+    """The model that is planned for, and what it is shown."""
+
+    geometry: Geometry
+    """With a new expert in it, where one is to be trained."""
+    prompt: PlannedPrompt
+    is_unclear: bool
+    """True where nothing says which prompt the checkpoint was trained with: then the longer one counts."""
+    layers: tuple[int, ...] | None
+    """The VLM's layers that are stored; None: all."""
+    attended: int
+    """Number of layers that the expert attends to."""
+
+
+def _planned_model(
+    name: str | None,
+    family_name: str | None,
+    *,
+    recorded: Sequence[str],
+    blank: Sequence[str],
+    frames: int,
+    picture: tuple[int, int],
+    route: str,
+    layers: str | None,
+    new_expert: Mapping[str, Any] | None,
+) -> _PlannedModel:
+    """Settle the model: a checkpoint by its name, or else the released one of a family.
+
+    `recorded` cameras are shown with `blank` ones; `new_expert` has the sizes of one that takes the place of the
+    model's. Raises `UsageError` for what does not go together.
+    """
+    family, sizes_of = released(family_name)
+    builder, is_unclear, geometry = None, False, sizes_of.geometry
+    if name is not None:
+        if family_name is not None:
+            raise UsageError(f"family {family_name} is for plans without a model; leave --family or --model out.")
+        checkpoint = Checkpoint(name)
+        is_unclear = recognise_family(checkpoint).family is None
+        text = True if is_unclear else None
+        builder = InputBuilder(checkpoint, camera_names=text, frame_numbers=text, routes=route)
+        geometry = geometry_of(checkpoint)
+    if not (family.prompt if builder is None else builder.format).camera_names:
+        check_places(recorded, blank)
+    written = {"none": None, "source": _USUAL_ROUTE}.get(route, route)
+    cameras = sort_cameras([*recorded, *blank])
+    prompt = planned_prompt(builder, cameras, frames=frames, picture=picture, route=written, family=family_name)
+    stored = None if layers is None else chosen_layers(layers, geometry.layers)
+    held = tuple(range(geometry.layers)) if stored is None else stored
+    attended = len(held)
+    if new_expert is not None:
+        geometry, attended = _with_new_expert(geometry, new_expert, held)
+    return _PlannedModel(geometry=geometry, prompt=prompt, is_unclear=is_unclear, layers=stored, attended=attended)
 
 
 def _with_new_expert(geometry: Geometry, choices: Mapping[str, Any], held: Sequence[int]) -> tuple[Geometry, int]:
