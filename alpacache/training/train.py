@@ -456,7 +456,7 @@ class _Run:
         assert self.validation is not None
         self.learner.settle()
         try:
-            validated = self.validation.run(self.learner.expert, self.world, lambda: self.guard.requested)
+            validated = self._validated(self.validation)
         except (SampleReadError, UnreachableStoreError) as error:
             # Nothing stands in for it: all validations must be of the same samples.
             if "lr" in row:  # else it is written already
@@ -495,6 +495,17 @@ class _Run:
             if numbers := self._validate({"step": self.step}):
                 self.log.write_more({"step": self.step, **numbers})
             self._pause(validating=True)
+
+    def _validated(self, validation: Validation) -> dict[str, float] | None:
+        """What a validation finds, None where a request to stop cuts it short; it begins anew after an absence."""
+        while True:
+            try:
+                return validation.run(self.learner.expert, self.world, lambda: self.guard.requested)
+            except UnreachableStoreError as error:
+                if self.world.size > 1:  # several processes could not agree on it
+                    raise
+                self.absence.wait(self.step, error, self.guard)
+            gc.collect()  # the ring whose threads have failed
 
     def _pause(self, *, validating: bool) -> None:
         """After a step that was read: keep the best, save when it is time, stop if asked to."""

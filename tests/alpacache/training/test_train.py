@@ -695,11 +695,13 @@ def test_a_store_that_goes_away_ends_the_run_saved(tiny_checkpoint, store, tmp_p
     assert (report.steps, report.damaged, report.missed) == (20, 0, 0)
 
 
-def test_a_store_that_comes_back_costs_nothing(tiny_checkpoint, store, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", ["trained", "validated"])
+def test_a_store_that_comes_back_costs_nothing(tiny_checkpoint, store, tmp_path, monkeypatch, caplog, kind):
     """It is away for longer than any read is tried again; the run ends with the same weights as an undisturbed one."""
     place, opened, out = shutil.copytree(store, tmp_path / "disk"), os.open, tmp_path / "run"
-    settings = {"steps": 8, "on_damage": "skip", "ema": 0.9}
-    alpacache.train(config(tiny_checkpoint, place, tmp_path / "calm", **settings))
+    settings = {"steps": 8, "on_damage": "skip", "ema": 0.9, "val": str(place), "val_every": 4, "val_samples": 3}
+    trained = place if kind == "trained" else store
+    alpacache.train(config(tiny_checkpoint, trained, tmp_path / "calm", **settings))
     gone = []
 
     def failing(path, *args, **kwargs):
@@ -718,7 +720,7 @@ def test_a_store_that_comes_back_costs_nothing(tiny_checkpoint, store, tmp_path,
     monkeypatch.setattr(os, "open", failing)
     monkeypatch.setattr(rereading, "WAITS_S", ())
     monkeypatch.setattr(absence, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=sleep))
-    report = alpacache.train(config(tiny_checkpoint, place, out, **settings))
+    report = alpacache.train(config(tiny_checkpoint, trained, out, **settings))
     assert 75 <= len(slept) <= 110
     assert (report.steps, report.damaged, report.missed) == (8, 0, 0)
     assert caplog.text.count("the store is not there any more; training waits for it up to 10 minutes") == 1
@@ -727,6 +729,9 @@ def test_a_store_that_comes_back_costs_nothing(tiny_checkpoint, store, tmp_path,
         first, second = getattr(calm, kind), getattr(disturbed, kind)
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert [row["step"] for row in rows(out)] == list(range(1, 9))
+    losses = [[row["val_loss"] for row in rows(run) if "val_loss" in row] for run in (tmp_path / "calm", out)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
 
 
 def test_a_ring_of_samples_in_memory_is_gone_before_the_next_is_made(tiny_checkpoint, store, tmp_path, monkeypatch):
