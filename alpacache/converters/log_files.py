@@ -71,7 +71,7 @@ def inside(root: Path, name: str, *, links: bool = False) -> Path:
     too_long = any(len(part.encode()) > _LONGEST_NAME for part in parts.parts)
     if not name or not name.isprintable() or too_long or parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise UnusableError(f"the log names the file {name[:80]!r}, which is not within {root}")
-    if not links and not file.resolve().is_relative_to(root.resolve()):
+    if not links and not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
         raise UnusableError(f"{file} links out of {root}; copy the data in instead")
     return file
 

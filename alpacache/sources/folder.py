@@ -14,6 +14,7 @@ anything is allocated, and nothing is ever unpickled.
 """
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +69,7 @@ class FolderSource:
 
         Raises `SourceError` if the folder as a whole cannot be read.
         """
-        self._root = Path(directory).resolve()
+        self._root = Path(os.path.realpath(directory))
         index = _read_index(self._root / _INDEX)
         self.name = f"folder:{index['name']}"
         self.clip_ids: Sequence[str] = index["clips"]
@@ -280,7 +281,7 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 def _inside(path: Path, root: Path, *, where: str) -> Path:
     """`path` unchanged, once it is known that links do not lead out of `root`."""
-    if not path.resolve().is_relative_to(root):
+    if not Path(os.path.realpath(path)).is_relative_to(root):  # Path.resolve raises where links run in a circle
         raise BadClipError("unsafe_path", f"{where}: {path.name} links out of {root}; copy the data in instead.")
     return path
 

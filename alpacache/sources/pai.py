@@ -48,7 +48,7 @@ def open_tree(directory: str | Path, *, cameras: Sequence[str] | None = None) ->
     options = {"revision": cache.revision, "cache_dir": cache.directory, "token": False}
     try:
         interface = interface_class(**options, confirm_download_threshold_gb=float("inf"))
-        return PhysicalAiSource(interface, name=f"pai:{Path(directory).resolve().name}", cameras=cameras, files=cache)
+        return PhysicalAiSource(interface, name=f"pai:{cache.tree.name}", cameras=cameras, files=cache)
     except UsageError:
         raise
     except Exception as error:  # the devkit checks nothing: whatever it and pandas make of odd tables

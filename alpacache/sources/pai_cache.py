@@ -6,6 +6,8 @@ and that partial or older trees lack, are derived from what the tree holds: the 
 index) and the table of present features (`sensor_presence` before 26.03).
 """
 
+import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -28,6 +30,8 @@ _FIRST_CHUNK = (
 )
 _LOCAL = f"or read a local tree with pai:DIR; its first chunk is fetched by: {_FIRST_CHUNK}"
 _SPLITS = Path("splits/default.parquet")
+_WIDE = re.compile(r"\{(?:chunk|clip)_id[^{}]*\d{3,}")
+"""A place in a file's name that is filled up to a hundred characters or more."""
 _PRESENCE, _OLD_PRESENCE = Path("metadata/feature_presence.parquet"), Path("metadata/sensor_presence.parquet")
 
 
@@ -39,7 +43,7 @@ class LinkedCache:
 
     def __init__(self, tree: Path) -> None:
         """Raises `SourceError`, naming missing files and the command that fetches them."""
-        self.tree = tree.resolve()
+        self.tree = Path(os.path.realpath(tree))
         if not self.tree.is_dir():
             raise SourceError(f"pai:{self.tree}: no such directory.")
         missing = [name for name in _NEEDED if not (self.tree / name).is_file()]
@@ -71,6 +75,8 @@ class LinkedCache:
             splits_are_so = False
         for file in (FEATURES_FILE, _COLLECTION):
             _check_regular(self.tree / file)
+        if (wide := _WIDE.search((self.tree / FEATURES_FILE).read_text(errors="replace"))) is not None:
+            raise SourceError(f"{self.tree / FEATURES_FILE} holds {wide[0][:60]!r}, no name of a file. Fetch it again.")
         read_by_clip(self.tree / _COLLECTION)
         sound, faults = sound_index(index, _INDEX)
         known, unknown = sound_presence(presence, sound, str(presence_file.relative_to(self.tree)))

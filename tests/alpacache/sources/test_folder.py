@@ -274,6 +274,18 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path, target):
     assert error.value.kind == "unsafe_path"
 
 
+@pytest.mark.parametrize(
+    "target", ["clips/a", "clips/a/egomotion.parquet", f"clips/a/{FRONT}", f"clips/a/{FRONT}/000051.jpg"]
+)
+def test_links_that_run_in_a_circle_are_their_clips_fault(folder, target):
+    inside = folder / target
+    inside.rename(folder / "aside")
+    inside.symlink_to(inside.name)
+    with pytest.raises(BadClipError):
+        load(folder, "a")
+    load(folder, "b")
+
+
 def test_decompression_bombs_are_refused(folder):
     Image.new("L", (16_000, 4_000)).save(folder / f"clips/a/{FRONT}/000051.jpg")
     with pytest.raises(BadClipError, match="16000 x 4000 pixels") as error:

@@ -357,6 +357,20 @@ def test_a_feature_without_a_place_is_one_line(tree):
         open_tree(tree)
 
 
+def test_a_name_that_would_fill_memory_is_refused(tree):
+    text = (tree / "features.csv").read_text()
+    assert "{chunk_id:04d}" in text
+    (tree / "features.csv").write_text(text.replace("{chunk_id:04d}", "{chunk_id:0999999999d}"))
+    with pytest.raises(SourceError, match=r"features.csv holds '\{chunk_id:0999999999', no name of a file"):
+        open_tree(tree)
+
+
+def test_a_tree_of_links_that_run_in_a_circle_is_no_directory(tmp_path):
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(SourceError, match="no such directory"):
+        open_tree(tmp_path / "round")
+
+
 def test_an_invalid_clip_may_lack_the_rest(tree):
     change_table(tree, INDEX, lambda table: table.assign(clip_is_valid=[True, False, True]))
     change_table(tree, PRESENCE, lambda table: table.drop(index=CLIPS[1]))
