@@ -61,18 +61,20 @@ def find_pictures(folder: Path, count: int, *, where: str) -> dict[int, str]:
         if (twin := pictures.setdefault(int(stem), name)) is not name:
             reason = f"{' and '.join(sorted((twin, name)))} are both there. Which is it? Remove the other."
             raise BadClipError("wrong_shape", f"{where}: {reason}")
+    missing = next((number for number in range(count) if number not in pictures), None)
+    example = pictures[min(pictures)] if pictures else ""
+    first = f"{missing or 0:06d}{Path(example).suffix} is missing (the first is {example})"
     if len(pictures) != count:
         present = f"{len(pictures)} images" if pictures else "no image that can be read"
         beside = ", ".join(f"{number} files with {ending}" for ending, number in others.most_common(3))
         beside = f" beside {beside}; {_READ} are read" if others else ""
         remedy = "Write one picture for each time, or the times of those that are there."
+        if pictures and missing is not None and missing < max(pictures):
+            beside += f"; {first}"
         raise BadClipError("wrong_shape", f"{where}: {present}, but {count} timestamps{beside}. {remedy}")
-    missing = next((number for number in range(count) if number not in pictures), None)
     if missing is not None:
         rule = "number the pictures from 000000 on without a gap, in the order of the timestamps"
-        example = pictures[min(pictures)]
-        reason = f"{missing:06d}{Path(example).suffix} is missing (the first is {example}); {rule}."
-        raise BadClipError("wrong_shape", f"{where}: {reason}")
+        raise BadClipError("wrong_shape", f"{where}: {first}; {rule}.")
     return pictures
 
 

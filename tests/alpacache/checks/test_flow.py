@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from alpacache.checks.film import look_at_film
@@ -37,6 +38,19 @@ def test_moments_in_reverse_are_seen_among_others():
     check = judge_order(mixed, [], 40, as_text=None)
     assert check.status == "warn"
     assert "the road goes away in place of coming nearer at" in check.found
+
+
+def test_pictures_in_which_no_road_moves_tell_no_direction():
+    source = SyntheticSource(1, seed=3, size=(320, 160))
+    clip = source.clip_ids[0]
+    glimpses = look_at_film(source, clip, motion_of(source.track(clip)), number=0, clips=1).glimpses
+    rng = np.random.default_rng(0)
+    still = glimpses[0].pictures[:1]  # a picture that stands still, but for its noise
+    noisy = [
+        replace(each, pictures=(still + rng.normal(0, 6, each.pictures.shape)).clip(0, 255).astype(np.uint8))
+        for each in glimpses
+    ]
+    assert flow_of(noisy).steps == 0
 
 
 def scaled(source, factor):

@@ -75,6 +75,8 @@ def test_pictures_are_numbers_not_an_order_of_names(clip):
             r"000002\.jpg is missing \(the first is 000000\.jpg\); number the",
         ),
         (["000000.jpg", "000001.jpg"], "2 images, but 3 timestamps"),
+        (["000001.jpg", "000002.jpg"], r"2 images, but 3 timestamps.*; 000000\.jpg is missing \(the first is 000001"),
+        (["000000.jpg", "000002.jpg"], r"2 images, but 3 timestamps.*; 000001\.jpg is missing"),
         (["000000.jpg", "000001.jpg", "000001.png"], r"000001\.jpg and 000001\.png are both there\. Which is it"),
         (
             ["frame_1.jpg", "frame_2.jpg", "frame_3.jpg"],
