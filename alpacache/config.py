@@ -163,7 +163,12 @@ class Config:
 def expect(good: bool, name: str, value: object, expected: str) -> None:
     """Raise `UsageError` in the words of all configs unless `good`."""
     if not good:
-        raise UsageError(f"{name} is {value}; expected {expected}.")
+        raise UsageError(f"{name} is {shortened(str(value))}; expected {expected}.")
+
+
+def shortened(text: str) -> str:
+    """A text for a message, whose end is left out where it is long."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def written_as(hint: Any) -> Written | None:
@@ -287,8 +292,7 @@ def _sentence(name: str, value: Any, error: ValueError, of_parts: str, *, is_sin
             part = problem["type"] != "missing" and any(isinstance(step, int) for step in problem["loc"])
             expected.append(f"each {words}" if part and not is_single else words)
     shown = str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, date) else repr(value)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
-    return f"{name} is {shown}; expected {' or '.join(dict.fromkeys(expected))}."
+    return f"{name} is {shortened(shown)}; expected {' or '.join(dict.fromkeys(expected))}."
 
 
 def _plain(bounds: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def sort_cameras(names: Sequence[str]) -> tuple[str, ...]:
     """Camera names in index order, without duplicates. Raises `UsageError` for unknown ones or none."""
     unknown = [name for name in names if name not in CAMERAS]
     if unknown or not names:
-        raise UsageError(f"unknown camera {', '.join(unknown) or '(none given)'}; known: {', '.join(CAMERAS)}.")
+        raise UsageError(f"unknown camera {', '.join(unknown)[:200] or '(none given)'}; known: {', '.join(CAMERAS)}.")
     return tuple(sorted(set(names), key=CAMERAS.index))
 
 
@@ -60,7 +60,9 @@ def full_camera_name(name: str) -> str:
     """Expand `front_wide` to `camera_front_wide_120fov`; full names stay as they are. Raises `UsageError`."""
     matches = [camera for camera in CAMERAS if camera == name or camera.startswith(f"camera_{name}_")]
     if len(matches) != 1:
-        raise UsageError(f"unknown camera {name!r}; known: {', '.join(CAMERAS)}, or short names such as front_wide.")
+        raise UsageError(
+            f"unknown camera {name[:200]!r}; known: {', '.join(CAMERAS)}, or short names such as front_wide."
+        )
     return matches[0]
 
 

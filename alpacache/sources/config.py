@@ -106,7 +106,7 @@ class PrepareConfig(SamplesConfig):
 
     def _check_together(self) -> None:
         if self.model is not None and self.size == "original":
-            raise UsageError(f"model {self.model} is of use with --size processor only; leave one of them out.")
+            raise UsageError(f"model {self.model[:200]} is of use with --size processor only; leave one of them out.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

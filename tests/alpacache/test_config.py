@@ -316,6 +316,18 @@ def test_no_text_but_valid_unicode_reaches_a_file(kind):
         EvalConfig(**EVAL, compare={"\ud800": "run"})
 
 
+@pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
+def test_a_long_value_is_not_repeated_in_full(kind):
+    said = {}
+    for field in dataclasses.fields(kind):
+        try:
+            kind(**LEAST[kind] | {field.name: "x" * 5_000})
+        except UsageError as error:
+            said[field.name] = str(error)
+    assert said
+    assert {name: text for name, text in said.items() if len(text) > 1_500} == {}
+
+
 def test_what_people_write_is_read_as_values(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = ExtractConfig(source="folder:~/drives", model="~/m", store=Path("c"), cameras="front_wide, rear_tele")
