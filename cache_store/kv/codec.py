@@ -21,6 +21,8 @@ class KVCodec(ABC):
     """Value of `kind` in the codec's document."""
     fixed_size: ClassVar[bool] = True
     """True if the shape alone gives the size of an encoded sample; if not, `encoded_bytes` is an upper bound."""
+    heavy: ClassVar[bool] = False
+    """True if decoding is many times the work of reading, so that memory for doing it once a step is well spent."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
