@@ -42,9 +42,12 @@ class Prefix(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PrefixCall:
-    """Arguments that one forward of the expert hands to all of its layers."""
+    """Arguments that one forward of the expert hands to all of its layers.
+
+    Not frozen: torch.compile would take what stands in it apart, down to a codec's tables, and compile for its numbers.
+    """
 
     prefix: Prefix
     causal: bool

@@ -10,7 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from alpacache import flow_matching
 from alpacache.alpamayo import load_expert
-from alpacache.alpamayo.prefix_attention import PrefixCall, attend
+from alpacache.alpamayo.prefix_attention import PrefixCall, _layer_attention, attend
+from alpacache.prefix.calibration import KVSample, calibrate
+from alpacache.prefix.codecs import tensor_codec
+from alpacache.prefix.packed import pack
+from alpacache.prefix.prefix import EncodedPrefix, PrefixFeatures
+from cache_store import CODECS, TransformCodec
+from cache_store.kv.transform import TransformTables
 
 HEADS, KV_HEADS = 4, 2
 SCALE = 0.3
@@ -226,3 +232,44 @@ def test_expert_on_the_gpu(golden_dir, golden, golden_prefixes, relative_error):
             with waiting_refused():
                 expert.velocity(noisy, t, batch).float().square().mean().backward()
     assert errors["prefix"] <= 1.5 * errors["sdpa"]
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "transform:5"])
+def test_compiling_does_not_look_into_what_is_cached(codec):
+    """A codec's tables of numpy arrays ended in an error of torch.compile, and lengths would be compiled for."""
+    samples = [
+        KVSample(kv=torch.randn(2, 2, KV_HEADS, 96, 16).bfloat16(), positions=torch.arange(96).expand(3, -1))
+        for _ in range(4)
+    ]
+    known = CODECS.get(codec)
+    if codec.startswith("transform"):
+        angles, axes = torch.linspace(1, 0.01, 8), torch.zeros(8, dtype=torch.long)
+        found = calibrate(samples, rate=5, angles=angles, axes=axes, device=torch.device("cpu"))
+        known = TransformCodec.of(5, TransformTables.from_bytes(found.calibrated.to_bytes(), "here"))  # as a store's
+    compilations, first = [], 0
+
+    def backend(graph, inputs):
+        compilations.append(len(inputs))
+        return graph.forward
+
+    def layer(module, query, key, value, **how):
+        found, _ = _layer_attention(module, 2 * query, key, value, None, scaling=0.25, **how)
+        return 2 * found
+
+    compiled = torch.compile(layer, backend=backend)
+    module = torch.nn.Module()
+    module.prefix_layer = 1
+    for length in (90, 61, 33):
+        kv = samples[0].kv[:, :, :, :length]
+        lengths = {"prefix_len": length, "start_position": length, "rope_delta": 0}
+        if known is None:
+            prefix = PrefixFeatures(keys=kv[:, 0], values=kv[:, 1], hidden=None, **lengths)
+        else:
+            data = tensor_codec(known).encode(kv)
+            prefix = EncodedPrefix(data=data, codec=known, shape=tuple(kv.shape), **lengths)
+        call = PrefixCall(prefix=pack([prefix], device=torch.device("cpu"), dtype=torch.bfloat16), causal=False)
+        own = [torch.randn(1, heads, 5, 16).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        wanted, got = (work(module, *own, prefix_call=call) for work in (layer, compiled))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        first = first or len(compilations)
+    assert len(compilations) == first
