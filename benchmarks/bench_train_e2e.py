@@ -37,6 +37,8 @@ from alpacache.training.train import train
 from cache_store import CacheReader
 
 Medium: TypeAlias = Literal["pinned", "page_cache", "cold"]
+MEDIA: tuple[Medium, ...] = ("page_cache", "pinned", "cold")
+"""The cold one last, as it evicts."""
 MODEL = "model"
 """Name of the checkpoint's directory."""
 LAYERS = {"r1": 36, "2": 64}
@@ -103,7 +105,8 @@ class Plan:
         multiple = 4 if self.small else {4: 8, 1: 16, 6: 8}[case.cameras]
         tokens = sum(self.lengths(case.cameras)) / 2
         values = (4 if self.small else LAYERS[case.family]) * 2 * full_size.KV_HEADS * full_size.HEAD_DIM * tokens
-        sample_bytes = values * {"bf16": 2, "int4": 4.5 / 8}.get(case.codec, 8.5 / 8)
+        bits = {"bf16": 16.0, "int8": 8.5, "int4": 4.5}
+        sample_bytes = values * (bits.get(case.codec) or float(case.codec.removeprefix("transform:"))) / 8
         return math.ceil(self.store_bytes / sample_bytes / multiple) * multiple
 
 
@@ -136,7 +139,25 @@ def full_cases() -> list[Case]:
             cases.append(Case(name=f"{store}-cold", medium="cold", **common))
             if codec == "int8":
                 cases.append(Case(name=f"{store}-cold-auto", medium="cold", draws="auto", **common))
-    return cases + super_cases()
+    return cases + transform_cases() + super_cases()
+
+
+def transform_cases() -> list[Case]:
+    """The smallest bytes, beside `int4`'s of the same run."""
+    cases = []
+    for cameras, batch in ((1, 16), (4, 8)):
+        for codec in ("int4", "transform:2.2"):
+            cases += [
+                Case(
+                    name=f"{_store('r1', cameras, codec)}-{medium.removesuffix('_cache')}",
+                    cameras=cameras,
+                    codec=codec,
+                    batch=batch,
+                    medium=medium,
+                )
+                for medium in MEDIA
+            ]
+    return cases
 
 
 def super_cases() -> list[Case]:

@@ -1,97 +1,37 @@
 """The codec `transform` on a GPU: its kernels against the numpy reference, and how fast they are.
 
-Keys and values are random, of the released geometry (8 heads of 128 channels, but few layers), Laplacian in a random
-basis with deviations as a small real language model's fall, so that streams are as long as theirs; bases and tables are
-learnt from other random samples, at `--rate`. First the checks, each of which ends the run where it fails: what the GPU
+Keys and values are random, of the released geometry (8 heads of 128 channels, but few layers), with streams as long as
+those of a small real language model (`full_size.RandomKV`); bases and tables are learnt from other random samples, at
+`--rate`. First the checks, each of which ends the run where it fails: what the GPU
 decodes of the reference's bytes is within a bfloat16 step of the largest number of the token; what it encodes, the
 reference decodes with the same error and size; a captured graph decodes the same bits; damaged bytes are no fault. Then
 the speed: GB are those of bfloat16 keys and values.
 
-`--by-component` lays bases out `[K, N]` on the device rather than `[N, K]`: K, the number of stored components, is any
-number, so that rows of `[N, K]` begin off the 16 bytes that matrix units load at a time, and rows of `[K, N]` do not.
-The numbers are the same; checks and speeds are then of that layout.
-
 With `--quick` and TRITON_INTERPRET=1 a CPU interprets the kernels at a tiny size; those times mean nothing.
 """
 
-import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import triton
 from benchmark_report import arguments, finish, hardware_name
+from full_size import RandomKV
 from torch import Tensor
 
 from alpacache.prefix import transform_kernels
-from alpacache.prefix.calibration import KVSample, angles_of, calibrate, turned
+from alpacache.prefix.calibration import KVSample, calibrate
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layers_ahead import decode
 from alpacache.prefix.packed import PackedPrefixes, pack
 from alpacache.prefix.prefix import EncodedPrefix
 from cache_store import TransformCodec
 
-# Deviations of keys and values of a layer, at quantiles from the first component to the last, as measured on a small
-# real language model.
-KEYS = [20.5, 5.17, 3.48, 2.74, 2.27, 1.93, 1.66, 1.43, 1.23, 1.06, 0.913, 0.778, 0.65, 0.532, 0.413, 0.278]
-VALUES = [16.5, 6.26, 4.66, 3.78, 3.2, 2.75, 2.4, 2.11, 1.86, 1.64, 1.44, 1.25, 1.08, 0.917, 0.746, 0.527]
 
-
-class RandomModel:
-    """A model whose keys and values are known in distribution: `kv` makes samples."""
-
-    def __init__(self, layers: int, heads: int, channels: int, device: torch.device) -> None:
-        self.layers, self.heads, self.channels, self.device = layers, heads, channels, device
-        self._generator = torch.Generator(device).manual_seed(0)
-        width = heads * channels
-        self._mixes = [[self._mix(width, quantiles) for quantiles in (KEYS, VALUES)] for _ in range(layers)]
-        half = channels // 2
-        self.angles = (1e6 ** (-torch.arange(half, device=device) / half)).float()
-        self.axes = torch.arange(half, device=device) % 3
-
-    def _mix(self, width: int, quantiles: list[float]) -> Tensor:
-        known = torch.tensor(quantiles, device=self.device).log()
-        place = torch.linspace(0, len(known) - 1, width, device=self.device)
-        lower = place.long().clamp(max=len(known) - 2)
-        deviation = torch.lerp(known[lower], known[lower + 1], place - lower).exp()
-        basis, _ = torch.linalg.qr(torch.randn(width, width, device=self.device, generator=self._generator))
-        return deviation[:, None] * basis / 8
-
-    def kv(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """bfloat16 `[layer, 2, head, token, channel]`, and positions `[3, token]` on the CPU."""
-        positions = torch.stack([torch.arange(tokens), torch.arange(tokens) // 30, torch.arange(tokens) % 30])
-        angle = angles_of(positions.to(self.device), self.angles, self.axes)
-        made = torch.empty(self.layers, 2, self.heads, tokens, self.channels, device=self.device)
-        for layer, mixes in enumerate(self._mixes):
-            for kind, mix in enumerate(mixes):
-                shape = (2, tokens, len(mix))
-                uniform = torch.rand(shape, device=self.device, generator=self._generator).clamp(1e-7)
-                laplace = (uniform[0].log() - uniform[1].log()) / math.sqrt(2)
-                x = (laplace @ mix).view(tokens, self.heads, -1).transpose(0, 1)
-                made[layer, kind] = turned(x, angle.cos(), angle.sin()) if kind == 0 else x
-        return made.to(torch.bfloat16), positions
-
-
-def lay_out_by_component() -> None:
-    """Have the kernels' module keep bases as `[K, N]`, seen as `[N, K]`."""
-    tables_on = transform_kernels._tables_on
-
-    @cache
-    def laid_out(codec: TransformCodec, device: torch.device) -> transform_kernels._TablesOnDevice:
-        found = tables_on(codec, device)
-        groups = tuple(replace(group, basis=group.basis.T.contiguous().T) for group in found.groups)
-        return replace(found, groups=groups)
-
-    transform_kernels._tables_on = laid_out
-
-
-def check(codec: TransformCodec, model: RandomModel, lengths: list[int]) -> Iterator[dict[str, Any]]:
+def check(codec: TransformCodec, model: RandomKV, lengths: list[int]) -> Iterator[dict[str, Any]]:
     """Rows of what was compared; raises `SystemExit` where the kernels are wrong."""
     prefixes, device = [], model.device
     for tokens in lengths:
@@ -175,9 +115,18 @@ def milliseconds(work: Callable[[], object], device: torch.device, repeats: int)
     return statistics.median(times)
 
 
-def speed(
-    codec: TransformCodec, model: RandomModel, tokens: int, samples: int, repeats: int
-) -> Iterator[dict[str, Any]]:
+def captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`work` as a graph, as training runs it."""
+    if device.type != "cuda":
+        return work
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def speed(codec: TransformCodec, model: RandomKV, tokens: int, samples: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Rows of decoding a batch and encoding a sample; a layer after the other, as in a step."""
     kv, positions = model.kv(tokens)
     data = tensor_codec(codec).encode(kv, positions).cpu()  # type: ignore[call-arg]
@@ -188,24 +137,10 @@ def speed(
     together, size_gb = codec.calibrated.together, kv.numel() * 2 / 1e9
     common = {"tokens": tokens, "samples": samples, "bits": len(data) * 8 / kv.numel()}
     groups = range(0, model.layers, together)
-    ms = milliseconds(lambda: [decode(batch, layer, scratch) for layer in groups], model.device, repeats)
+    ms = milliseconds(
+        captured(lambda: [decode(batch, layer, scratch) for layer in groups], model.device), model.device, repeats
+    )
     yield {"speed": "decode", **common, "ms": ms, "gb_s": samples * size_gb / ms * 1e3}
-    on_device, group = transform_kernels._tables_on(codec, model.device), 0
-    learnt, columns = on_device.groups[group], samples * tokens
-    codes = torch.zeros(len(learnt.classes), columns, dtype=torch.float16, device=model.device)
-    tables = codec.calibrated
-
-    def streams() -> None:
-        transform_kernels.decode_streams[triton.cdiv(tokens, transform_kernels._LANES), tables.parts, samples](
-            codes, batch.data, batch.rows, batch.lengths, batch.data.stride(0), on_device.decoding, learnt.runs,
-            on_device.shift, learnt.runs.shape[1], group, len(tables.groups), tables.layers, tokens, columns,
-            PARTS=tables.parts, BLOCK=transform_kernels._LANES, num_warps=1,
-        )  # fmt: skip
-
-    part_gb = samples * size_gb * len(tables.layers_of(group)) / model.layers
-    for name, work in (("streams", streams), ("product", lambda: codes.T @ learnt.basis.T)):
-        ms = milliseconds(work, model.device, repeats)
-        yield {"speed": f"of which {name}", **common, "ms": ms, "gb_s": part_gb / ms * 1e3, "kept": len(learnt.classes)}
     ms = milliseconds(lambda: transform_kernels.encode(codec, kv, positions), model.device, repeats)
     yield {"speed": "encode", **common, "samples": 1, "ms": ms, "gb_s": size_gb / ms * 1e3}
 
@@ -214,16 +149,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rate", type=float, nargs="+", default=[2.2, 3.2, 6.7])
     parser.add_argument("--checks", action="store_true", help="no speed")
-    parser.add_argument("--by-component", action="store_true", help="bases laid out [K, N] on the device")
     options = parser.parse_args()
-    if options.by_component:
-        lay_out_by_component()
     cuda = torch.cuda.is_available()
     if not cuda and not (options.quick and os.environ.get("TRITON_INTERPRET")):
         raise SystemExit("this needs a CUDA device; with TRITON_INTERPRET=1 and --quick a CPU interprets the kernels.")
     device = torch.device("cuda" if cuda else "cpu")
     full = cuda and not options.quick
-    model = RandomModel(4, 8, 128, device) if full else RandomModel(2, 2, 32, device)
+    model = RandomKV(4, 8, 128, device) if full else RandomKV(2, 2, 32, device)
     rows: list[dict[str, Any]] = []
     for rate in options.rate if full else options.rate[:1]:
         learnt = [KVSample(kv=kv, positions=p) for kv, p in (model.kv(2000 if full else 300) for _ in range(8))]
@@ -238,8 +170,7 @@ def main() -> None:
         sizes = ((809, 8), (3000, 8), (3000, 1)) if full else ((20, 2),)
         for tokens, samples in () if options.checks else sizes:
             found += speed(codec, model, tokens, samples, 7 if full else 1)
-        layout = {"basis": "[K, N]"} if options.by_component else {}
-        rows += [{"rate": rate, **layout, **row} for row in found]
+        rows += [{"rate": rate, **row} for row in found]
         print(rows, flush=True)
     finish("transform", rows, options, hardware=torch.cuda.get_device_name() if cuda else hardware_name())
 

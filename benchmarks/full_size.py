@@ -7,6 +7,7 @@ of 256 channels, so that every benchmark can be tried on a CPU.
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,11 @@ from alpacache.cached_samples.identity import store_identity
 from alpacache.driving.action_space import UnicycleActionSpace
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.sample import FUTURE_STEPS, HISTORY_STEPS, SampleRef
+from alpacache.prefix.calibration import KVSample, angles_of, calibrate, turned
 from alpacache.prefix.codecs import tensor_codec
-from cache_store import CODECS, CacheReader, CacheWriter
+from alpacache.prefix.transform import TransformTensorCodec
+from cache_store import CODECS, CacheReader, CacheWriter, KVCodec, TransformCodec
+from cache_store.writer import stored_identity
 
 PREFIX_TOKENS = {1: (800, 880), 4: (2900, 3050), 6: (4500, 4636)}
 """Cameras -> shortest and longest prefix of the public prompts."""
@@ -75,6 +79,47 @@ _SHARDS = 4
 _LENGTHS = 16
 """Distinct prefix lengths in a store; each is generated (and encoded) once."""
 _WRITERS = 8
+_LEARNT_FROM = 8
+"""Samples that a codec is learnt from."""
+_KEYS = [20.5, 5.17, 3.48, 2.74, 2.27, 1.93, 1.66, 1.43, 1.23, 1.06, 0.913, 0.778, 0.65, 0.532, 0.413, 0.278]
+_VALUES = [16.5, 6.26, 4.66, 3.78, 3.2, 2.75, 2.4, 2.11, 1.86, 1.64, 1.44, 1.25, 1.08, 0.917, 0.746, 0.527]
+"""Deviations of a layer, at quantiles from the first component to the last (SmolLM2-135M)."""
+
+
+class RandomKV:
+    """Keys and values as a codec finds them: Laplacian in a random basis, with deviations as measured on a small real
+    language model; `kv` makes samples."""
+
+    def __init__(self, layers: int, heads: int, channels: int, device: torch.device) -> None:
+        self.layers, self.heads, self.channels, self.device = layers, heads, channels, device
+        self._generator = torch.Generator(device).manual_seed(0)
+        width = heads * channels
+        self._mixes = [[self._mix(width, quantiles) for quantiles in (_KEYS, _VALUES)] for _ in range(layers)]
+        half = channels // 2
+        self.angles = (1e6 ** (-torch.arange(half, device=device) / half)).float()
+        self.axes = torch.arange(half, device=device) % 3
+
+    def _mix(self, width: int, quantiles: list[float]) -> Tensor:
+        known = torch.tensor(quantiles, device=self.device).log()
+        place = torch.linspace(0, len(known) - 1, width, device=self.device)
+        lower = place.long().clamp(max=len(known) - 2)
+        deviation = torch.lerp(known[lower], known[lower + 1], place - lower).exp()
+        basis, _ = torch.linalg.qr(torch.randn(width, width, device=self.device, generator=self._generator))
+        return deviation[:, None] * basis / 8
+
+    def kv(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """bfloat16 `[layer, 2, head, token, channel]`, and positions `[3, token]` on the CPU."""
+        positions = torch.stack([torch.arange(tokens), torch.arange(tokens) // 30, torch.arange(tokens) % 30])
+        angle = angles_of(positions.to(self.device), self.angles, self.axes)
+        made = torch.empty(self.layers, 2, self.heads, tokens, self.channels, device=self.device)
+        for layer, mixes in enumerate(self._mixes):
+            for kind, mix in enumerate(mixes):
+                shape = (2, tokens, len(mix))
+                uniform = torch.rand(shape, device=self.device, generator=self._generator).clamp(1e-7)
+                laplace = (uniform[0].log() - uniform[1].log()) / math.sqrt(2)
+                x = (laplace @ mix).view(tokens, self.heads, -1).transpose(0, 1)
+                made[layer, kind] = turned(x, angle.cos(), angle.sin()) if kind == 0 else x
+        return made.to(torch.bfloat16), positions
 
 
 def camera_names(cameras: int) -> tuple[str, ...]:
@@ -187,27 +232,39 @@ def write_store(
 ) -> CacheReader:
     """A store as `extract` with `hidden_states="none"` would begin it, of distinct samples with random KV.
 
-    A store that holds as many samples already is kept. Lengths are drawn from 16 between shortest and longest.
+    A store that holds as many samples already is kept. Lengths are drawn from 16 between shortest and longest. Those of
+    one length are alike with the codec transform, of which a layer is valid at its own place only.
     """
     checkpoint = Checkpoint(str(checkpoint_dir))
-    names = camera_names(cameras)
+    names, lengths = camera_names(cameras), np.unique(np.linspace(shortest, longest, _LENGTHS).round().astype(int))
+    if stored_identity(directory) is not None and len(reader := CacheReader(directory)) >= samples:
+        return reader
+    random = RandomKV(expert_config(checkpoint).num_hidden_layers, KV_HEADS, HEAD_DIM, device())
+    definition, tables = CODECS.get(codec), None
+    if isinstance(TransformCodec.named(codec), TransformCodec):
+        definition = _learnt(codec, random, int(lengths.mean()))
+        tables = definition.calibrated.to_bytes()
     identity = store_identity(
-        checkpoint, InputBuilder(checkpoint), cameras=names, frames=FRAMES, codec=codec, dtype="bfloat16"
+        checkpoint,
+        InputBuilder(checkpoint),
+        cameras=names,
+        frames=FRAMES,
+        codec=codec,
+        calibrated=definition,
+        dtype="bfloat16",
     )
     writer = CacheWriter(
         directory,
-        fields=store_fields(hidden_states=False, codec=CODECS.get(codec)),
+        fields=store_fields(hidden_states=False, codec=definition),
         identity=identity,
         provenance={"source": "random"},
+        codec_tables=tables,
     )
     reader = CacheReader(directory)
-    if len(reader) >= samples:
-        return reader
-    lengths = np.unique(np.linspace(shortest, longest, _LENGTHS).round().astype(int))
-    layers = dict(zip(lengths.tolist(), _random_layers(checkpoint, lengths.tolist(), codec), strict=True))
+    layers = dict(zip(lengths.tolist(), _random_layers(random, lengths.tolist(), definition), strict=True))
 
     def write(number: int) -> None:
-        writer.write(*_sample(number, layers, names, codec))
+        writer.write(*_sample(number, layers, names, random.layers, coded=definition is not None))
 
     with ThreadPoolExecutor(_WRITERS) as pool:
         list(pool.map(write, range(samples)))
@@ -376,24 +433,37 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _random_layers(checkpoint: Checkpoint, lengths: list[int], codec: str) -> Iterator[NDArray[Any]]:
-    """For each prefix length the stored form of normal KV, first axis the layer."""
-    layers, where = expert_config(checkpoint).num_hidden_layers, device()
-    generator = torch.Generator(where).manual_seed(3)
+def _learnt(name: str, random: RandomKV, tokens: int) -> TransformCodec:
+    """The codec of this name, with tables for such keys and values."""
+    wanted = TransformCodec.named(name)
+    assert wanted is not None
+    samples = [
+        KVSample(kv=kv.cpu(), positions=places) for kv, places in (random.kv(tokens) for _ in range(_LEARNT_FROM))
+    ]
+    return calibrate(samples, rate=wanted.rate, angles=random.angles, axes=random.axes, device=random.device)
+
+
+def _random_layers(random: RandomKV, lengths: list[int], codec: KVCodec | None) -> Iterator[NDArray[Any]]:
+    """For each prefix length the stored form of random KV, by layers; with the codec `transform` in one piece."""
+    generator = torch.Generator(random.device).manual_seed(3)
     for length in lengths:
-        shape = (layers, 2, KV_HEADS, length, HEAD_DIM)
-        kv = torch.randn(shape, generator=generator, device=where, dtype=torch.bfloat16)
-        if codec in CODECS:
-            data = tensor_codec(CODECS[codec]).encode(kv).cpu().numpy()
-            yield data.reshape(layers, -1)  # a named codec has the same bits in every layer
+        if isinstance(codec, TransformCodec):
+            kv, positions = random.kv(length)
+            yield TransformTensorCodec(codec).encode(kv, positions).cpu().numpy()[None]
+            continue
+        shape = (random.layers, 2, KV_HEADS, length, HEAD_DIM)
+        kv = torch.randn(shape, generator=generator, device=random.device, dtype=torch.bfloat16)
+        if codec is not None:
+            data = tensor_codec(codec).encode(kv).cpu().numpy()
+            yield data.reshape(random.layers, -1)  # a named codec has the same bits in every layer
         else:
             yield kv.bfloat16().view(torch.uint16).cpu().numpy()
-    if where.type == "cuda":
+    if random.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _sample(
-    number: int, layers: dict[int, NDArray[Any]], cameras: tuple[str, ...], codec: str
+    number: int, layers: dict[int, NDArray[Any]], cameras: tuple[str, ...], count: int, *, coded: bool
 ) -> tuple[str, dict[str, Any]]:
     """Id and stored values: layers of a random length in a random order, on an arc of its own."""
     rng = np.random.default_rng(number)
@@ -403,7 +473,7 @@ def _sample(
     kv = np.take(stored, rng.permutation(len(stored)), axis=0)
     rope_delta = -(length * 17 // 20)  # what images of 180 tokens that span 18 positions come to
     values: dict[str, Any] = {
-        "kv": kv.reshape(-1) if codec in CODECS else kv,
+        "kv": kv.reshape(-1) if coded else kv,
         "input_ids": rng.integers(0, 64, length),
         "image_spans": np.linspace(0, length - 60, 2 * images).astype(np.int64).reshape(images, 2),
         "stem_len": np.asarray(length - 12),
@@ -418,8 +488,8 @@ def _sample(
         "cameras": list(cameras),
         "prompt": "",
     }
-    if codec in CODECS:
-        values[KV_SHAPE] = np.array([len(stored), 2, KV_HEADS, length, HEAD_DIM])
+    if coded:
+        values[KV_SHAPE] = np.array([count, 2, KV_HEADS, length, HEAD_DIM])
     return ref.sample_id, values
 
 

@@ -30,8 +30,8 @@ _TIGHT_MARGIN, _WORTH = 0.01, 0.9
 """Share that is left free where state is streamed, so that nearly all memory is counted, if a step then takes at most
 `_WORTH` of the time."""
 _ROOM, _MOST_MORE = 0.06, 1 / 7
-"""Layers kept decoded beyond the least leave `_ROOM` of the cap free and take at most `_MOST_MORE` of everything else.
-They make a step some 3 % shorter, and a run that needs little of a card should stay so."""
+"""Layers kept decoded beyond the least leave `_ROOM` of the cap free and take at most `_MOST_MORE` of everything else,
+unless the codec is heavy. They make a step some 3 % shorter, and a run that needs little of a card should stay so."""
 
 
 def memory_plan(
@@ -144,7 +144,9 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
     each = _decoded_bytes(work, plan.micro_batch)
     if each == 0:
         return plan
-    room = min((1 - _ROOM) * cap_bytes - plan.device_bytes, _MOST_MORE * plan.device_bytes)
+    room = (1 - _ROOM) * cap_bytes - plan.device_bytes
+    if work.layout.codec is None or not work.layout.codec.heavy:
+        room = min(room, _MOST_MORE * plan.device_bytes)
     layers = min(work.layout.layers, plan.decoded_layers + int(max(0.0, room) // each))
     beside = _beside_decoded(work, plan.micro_batch)
     return replace(plan, decoded_layers=layers, decoding=layers * each + beside)
