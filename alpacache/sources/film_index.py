@@ -5,7 +5,7 @@ that has lost a frame would show all later ones at another one's time.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -40,6 +40,8 @@ SAME_SPEED = 0.03
 """Share from which on a film that differs in speed from its timestamps has a speed of its own, as slow motion has."""
 EDGE_JITTERS = 4.0
 """Move that is still jitter at the ends of a film, as a multiple of the median disagreement of a step."""
+_FIRST_NOT_A_PICTURE = {"h264": 6, "hevc": 32}
+"""Kinds of a stream's units from here on are no parts of a picture."""
 _CONCEALING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
 """Decoders that do not mark concealed damage if they decode a frame in several threads."""
 
@@ -55,6 +57,21 @@ class FilmIndex(NamedTuple):
     """Times of frames that an edit list hides; they are decoded, since others may be predicted from them."""
     order: dict[int, int]
     """Time of a frame -> its place in the file, which is the order of decoding."""
+    closed: frozenset[int] = frozenset()
+    """Times of key frames that nothing shown later is predicted across, whatever was decoded before them."""
+
+    def together(self, samples: Iterable[Sequence[int]], *, from_start: bool) -> Iterator[Sequence[int]]:
+        """The first of these samples, given by their frames' times, and those behind it that go in one pass with it.
+
+        They begin at the same frame, or at a closed key frame that the pass comes by on its way to those before.
+        """
+        start = reach = None
+        for times in samples:
+            own = self.start(times, from_start=from_start)
+            if reach is not None and own != start and not (own in self.closed and own <= reach):
+                return
+            start, reach = own, max(times if reach is None else (*times, reach))
+            yield times
 
     def start(self, wanted: Collection[int], *, from_start: bool) -> int:
         """Time of the frame that decoding begins at for these: the last key frame shown before them, or the film's
@@ -146,7 +163,7 @@ def video_stream(container: Any, *, where: str) -> Any:
 
 def index_film(container: Any, stream: Any, stamps_us: NDArray[np.int64], *, where: str) -> FilmIndex:
     """Frames of a film. Raises `BadClipError` for a film that has not those of its timestamps (us)."""
-    times, keys, hidden = [], [], set()
+    times, keys, hidden, closed = [], [], set(), set()
     order: dict[int, int] = {}
     for packet in container.demux(stream):
         if packet.size == 0:
@@ -156,13 +173,33 @@ def index_film(container: Any, stream: Any, stamps_us: NDArray[np.int64], *, whe
         order[packet.pts] = len(order)
         if packet.is_keyframe:
             keys.append(packet.pts)
+            if _forgets(packet, stream.codec_context):
+                closed.add(packet.pts)
         if packet.is_discard:
             hidden.add(packet.pts)
         else:
             times.append(packet.pts)
-    index = FilmIndex(sorted(times), keys, frozenset(hidden), order)
+    index = FilmIndex(sorted(times), keys, frozenset(hidden), order, frozenset(closed))
     _check_times(index, stream.time_base, stamps_us, where=where)
     return index
+
+
+def _forgets(packet: Any, codec: Any) -> bool:
+    """Tell whether a packet holds an IDR picture of H.264 or H.265, before which a decoder forgets all others."""
+    known = {"h264": (0, 0x1F, (5,), 4), "hevc": (1, 0x3F, (19, 20), 21)}.get(codec.name)
+    head = codec.extradata or b""
+    if known is None or len(head) <= known[3] or head[0] != 1:
+        return False  # another codec, or units without their lengths
+    shift, mask, idr, place = known
+    data, size, at = memoryview(packet), (head[place] & 3) + 1, 0
+    while at + size < len(data):
+        kind = data[at + size] >> shift & mask
+        if kind in idr:
+            return True
+        if kind < _FIRST_NOT_A_PICTURE[codec.name]:
+            return False
+        at += size + int.from_bytes(data[at : at + size], "big")
+    return False
 
 
 def _check_times(shown: FilmIndex, time_base: Any, stamps_us: NDArray[np.int64], *, where: str) -> None:

@@ -5,14 +5,14 @@ them, and neither a constant rate nor a start at zero is assumed. Reading begins
 ones; if the decoder reports anything there, at the film's start, in case the key frame was none. What it still reports
 is damage, be it in a wanted frame or in one that it is predicted from.
 
-Samples that are read one after another share a pass of the decoder where each alone would begin at the same frame. A
-pass that meets damage decides nothing, as it may be in a frame that only another sample wants: the sample at hand is
-then read alone. So what a sample gets does not depend on those that are read with it.
+Samples that are read one after another share a pass of the decoder where each alone would begin at the same frame, or
+at a key frame of H.264 or H.265 before which the decoder forgets all others, and which the pass comes by anyway. A pass
+that meets damage decides nothing, as it may be in a frame that only another sample wants: the sample at hand is then
+read alone. So what a sample gets does not depend on those that are read with it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,13 +111,14 @@ class FilmReading:
     def _frames(self, number: int, index: FilmIndex, *, from_start: bool) -> list[NDArray[np.uint8]] | None:
         """Frames of a sample from a pass that others share, or if that meets damage, from its own; None for damage."""
         samples = ([index.times[frame] for frame in frames] for frames in self._wanted[number:] if len(frames))
-        sharing = takewhile(lambda times: index.start(times, from_start=from_start) == start, samples)
         wanted = [index.times[frame] for frame in self._wanted[number]]
         start = index.start(wanted, from_start=from_start)
         begun = self._passes.get(from_start)
-        if begun is None or begun.start != start:
-            shared = list(sharing) if self._shares_whole or not from_start else [wanted]
-            begun = _Pass(*self._open(from_start=from_start), index, start, shared, seek=not from_start)
+        if begun is None or start not in begun.starts:
+            shared: list[Sequence[int]] = [wanted]
+            if self._shares_whole or not from_start:
+                shared = list(index.together(samples, from_start=from_start))
+            begun = _Pass(*self._open(from_start=from_start), index, shared, seek=not from_start)
             self._passes[from_start] = begun
         later = {index.times[frame] for frame, last in self._last_use.items() if last > number}
         frames = begun.take(wanted, later=later, picture=self._picture)
@@ -128,7 +129,7 @@ class FilmReading:
             return None
         self._shares_whole = self._shares_whole and not from_start  # it is long, and would meet the same again
         try:
-            alone = _Pass(*self._open(from_start=from_start), index, start, [wanted], seek=not from_start)
+            alone = _Pass(*self._open(from_start=from_start), index, [wanted], seek=not from_start)
             return alone.take(wanted, later=(), picture=self._picture)
         finally:
             self._drop(from_start)
@@ -149,13 +150,15 @@ class FilmReading:
 
 
 class _Pass:
-    """A decoder on its way through a film, for all samples for which it begins at the same frame."""
+    """A decoder on its way through a film, for all samples that go together (`FilmIndex.together`)."""
 
     def __init__(
-        self, container: Any, stream: Any, index: FilmIndex, start: int, samples: Sequence[Sequence[int]], *, seek: bool
+        self, container: Any, stream: Any, index: FilmIndex, samples: Sequence[Sequence[int]], *, seek: bool
     ) -> None:
         """`samples` are the times of each one's frames, in order; without `seek` it begins where the container is."""
-        self.start, self.samples = start, len(samples)
+        self.starts = sorted({index.start(times, from_start=not seek) for times in samples})
+        """Times of the frames that its samples alone would begin at."""
+        self.samples = len(samples)
         self._index, self._seek = index, seek
         self._wanted = frozenset(time for times in samples for time in times)
         self._kept: dict[int, Any] = {}
@@ -198,14 +201,17 @@ class _Pass:
         """Frames from the start on, without some that no sample needs."""
         import av
 
-        begun = self.start in self._index.hidden  # a hidden key frame is decoded, but not seen here
+        first, coming = self.starts[0], self.starts.copy()
         if self._seek:
-            container.seek(self.start, backward=True, stream=stream)
+            container.seek(first, backward=True, stream=stream)
         for frame in needed_frames(container, stream, self._wanted, self._index.last(self._wanted)):
-            if frame.pts is None or frame.pts < self.start:
+            if frame.pts is None or frame.pts < first:
                 continue
-            begun = begun or bool(frame.key_frame and frame.pict_type == av.video.frame.PictureType.I)
-            if frame.is_corrupt or not begun:
+            while coming and frame.pts >= coming[0]:
+                hidden = coming.pop(0) in self._index.hidden  # a hidden key frame is decoded, but not seen here
+                if not hidden and not (frame.key_frame and frame.pict_type == av.video.frame.PictureType.I):
+                    raise _DamageError
+            if frame.is_corrupt:
                 raise _DamageError
             yield frame
 
