@@ -35,7 +35,7 @@ def read_image(
     A JPEG of which `about_px` pixels across are enough is decoded at half, a quarter or an eighth of its size, which is
     faster.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         encoded = file.read_bytes() if isinstance(file, Path) else file.read()
@@ -59,7 +59,8 @@ def read_image(
             "wrong_shape", f"{where}: a picture of far more than {MAX_PIXELS:,} pixels, the most that is read."
         ) from error
     except (OSError, SyntaxError) as error:
-        reason = lfs_pointer(file) or str(error)
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text holds an address
+        reason = lfs_pointer(file) or ("it is none" if unknown else str(error))
         raise BadClipError("undecodable_video", f"{where}: no readable {kind} image ({reason}).") from error
 
 

@@ -69,6 +69,13 @@ def test_16_bit_grey_is_refused():
     assert error.value.kind == "wrong_shape"
 
 
+def test_what_is_no_picture_is_told_the_same_each_time():
+    """Pillow's own words name the place of the bytes in memory."""
+    with pytest.raises(BadClipError) as error:
+        read_image(io.BytesIO(b"\xff\xd8 nothing more"), "JPEG", where="here")
+    assert str(error.value) == "here: no readable JPEG image (it is none)."
+
+
 def test_each_kind_has_its_own_decoder():
     with pytest.raises(BadClipError, match=r"here: no readable JPEG image") as error:
         read_image(encoded(Image.fromarray(PIXELS), "PNG"), "JPEG", where="here")
