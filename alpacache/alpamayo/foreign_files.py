@@ -114,6 +114,17 @@ def read_json(path: Path) -> dict[str, Any]:
         return _parsed(file.read(size), path)
 
 
+_JSON_WORDS: Mapping[type, str] = {
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+_DAMAGED = " The header is damaged; fetch the file again."
+
+
 def _parsed(text: bytes, where: object) -> dict[str, Any]:
     try:
         value = strict_json.loads(text, most_keys=_MOST_KEYS)
@@ -121,19 +132,22 @@ def _parsed(text: bytes, where: object) -> dict[str, Any]:
         told = " ".join(str(error).split())[:100]
         raise CheckpointError(f"{where} is not valid JSON ({told}); fetch it again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
+        raise CheckpointError(f"{where} holds {_JSON_WORDS[type(value)]}; expected a JSON object. Fetch it again.")
     return value
 
 
-def conform(schema: type[Value], value: object, where: object) -> Value:
-    """`value` as the schema declares it. Raises one `CheckpointError` that names `where` and every key that is off."""
+def conform(schema: type[Value], value: object, where: object, *, remedy: str = "") -> Value:
+    """`value` as the schema declares it. Raises one `CheckpointError` that names `where` and every key that is off.
+
+    `remedy` ends its message.
+    """
     try:
         checked: Value = _adapter(schema).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
         problems = error.errors(include_url=False)
         told = "; ".join(map(_told, problems[:_SHOWN]))
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(f"{where}: {told}{more}.") from None
+        raise CheckpointError(f"{where}: {told}{more}.{remedy}") from None
     return checked
 
 
@@ -182,11 +196,11 @@ def check_header(
         data_start: first byte of the data in the file.
         data_bytes: what follows the header; None where the file is not at hand.
     """
-    conform(_Metadata, {_METADATA: header.get(_METADATA, {})}, where)
+    conform(_Metadata, {_METADATA: header.get(_METADATA, {})}, where, remedy=_DAMAGED)
     entries: dict[str, _Entry] = {}
     for name in header:  # one by one: the first that is off ends it, not a million errors
         if name != _METADATA:
-            entries |= conform(dict[str, _Entry], {name: header[name]}, where)
+            entries |= conform(dict[str, _Entry], {name: header[name]}, where, remedy=_DAMAGED)
     tensors, end, damage = {}, 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         end_before, (begin, end) = end, entry.data_offsets

@@ -371,10 +371,14 @@ def entry(dtype="F32", shape=(4,), data_offsets=(0, 16)):
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ([], "holds a list; expected a JSON object"),
+        ([], r"holds a list; expected a JSON object\. Fetch it again"),
+        (None, "holds null; expected a JSON object"),
         (b"\xff\xff", "is not valid JSON"),
         ({"x": "no"}, r"x\.safetensors: x: .*, not 'no'"),
-        ({"x": {"dtype": "F32", "shape": [1]}}, r"x\.data_offsets is missing"),
+        (
+            {"x": {"dtype": "F32", "shape": [1]}},
+            r"x\.data_offsets is missing\. .*; fetch the file again",
+        ),
         ({"x": entry(shape="abc")}, r"x\.shape\.0: .* integer, not 'a'"),
         ({"x": entry() | {"shape": "abc"}}, r"x\.shape: .* list, not 'abc'"),
         ({"x": entry(shape=[-4])}, r"x\.shape\.0: .* greater than or equal to 0"),
