@@ -34,7 +34,7 @@ from cache_store import CODECS  # noqa: E402
 CARDS = {80: 108, 86: 82, 89: 128, 120: 170}
 """Capability -> multiprocessors of an A100, an RTX 3090, a 4090 and a 5090."""
 SHARED_LIMIT = 99 * 1024
-SPILLED = {"prefix_backward": 96, "merge_forward": 96, "merge_backward": 96, "finish_layers": 32, "group_vectors": 32}
+SPILLED = {"prefix_backward": 96, "merge_forward": 96, "merge_backward": 96, "finish_layers": 32, "group_vectors": 40}
 """Most bytes of local memory a thread, of kernels that take all 255 registers, and of cosines; others take none."""
 REGISTERS = {"fold": 96, "compare": 96, "group_extremes": 128, "group_energy": 128, "fit": 128, "pack_plane": 128}
 TYPES = {
