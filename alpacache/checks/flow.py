@@ -52,7 +52,7 @@ MIN_MARGIN = 0.1
 MEAN_MARGIN = 0.15
 """Least mean of these margins over all steps: 0.24 to 0.6 on roads that are seen to move, 0.07 where nothing does."""
 BACKWARDS = 0.8
-MIN_LIKENESS, MIN_PROMINENCE = 0.25, 0.2
+MIN_LIKENESS, MIN_PROMINENCE = 0.2, 0.15
 STEADY = 1.25
 """Most by which the best fit may change when any eighth of the steps is left out."""
 PARTS = 8

@@ -20,7 +20,7 @@ Picture: TypeAlias = NDArray[np.uint8]
 WIDTH_PX = 160
 MOVED_M = 0.3
 """Least way between two pictures that must differ: 3 m/s at 10 Hz."""
-RUNS, FRAMES, LONG = 6, 96, 12
+RUNS, FRAMES, LONG = 8, 96, 12
 """Most runs of successive frames of all clips together, most frames of them, and of one run."""
 SHORT = 3
 

@@ -99,12 +99,12 @@ def test_a_film_is_looked_at_frame_by_frame(every, share):
     """Of frames that come twice, samples in step with them see nothing."""
     motion = motion_of(SOURCE.track(CLIP))
     seen = repeats_of_clip(Doubled(every), CLIP, motion, clips=1)
-    assert len(seen) == 6
-    assert [one.pairs for one in seen] == [11] * 6
-    assert sum(one.repeats for one in seen) == pytest.approx(66 * share, abs=3)
+    assert len(seen) == 8
+    assert [one.pairs for one in seen] == [11] * 8
+    assert sum(one.repeats for one in seen) == pytest.approx(88 * share, abs=4)
     check = judge_repeats([*seen, *[moment(CLIP, 3, 0)] * 200])
     assert check.status == "warn"
-    assert ("of 66 pictures" if every == 10 else "of 666 pictures") in check.found
+    assert ("of 88 pictures" if every == 10 else "of 688 pictures") in check.found
 
 
 @pytest.mark.system
