@@ -105,16 +105,21 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Hub id or directory whose configs should be readable.", callback=place)
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Card of plan's table, such as 4070, to judge in place of this machine's.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check Python, packages, GPU, memory, disk and hub access in seconds. Exit code 1 if anything failed.
 
     Example: `alpacache doctor --store cache/train --model nvidia/Alpamayo-R1-10B`
+
+    `--gpu 4070` tells before a card is bought or rented.
     """
     from alpacache.checks.check import worst
     from alpacache.checks.machine import diagnose
 
-    checks = diagnose(store=store, model=model)
+    checks = diagnose(store=store, model=model, gpu=gpu)
     is_ok = worst(checks) != "fail"
     if json:
         output.print_json({"ok": is_ok, "checks": checks})

@@ -22,6 +22,7 @@ from alpacache.checks.check import Check, verdict
 
 if TYPE_CHECKING:
     from alpacache.planning.config import ReleasedFamily
+    from alpacache.planning.gpus import Gpu
 
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
 """Packages whose versions are always shown."""
@@ -37,20 +38,24 @@ _PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _AT_LEAST = re.compile(r"([A-Za-z0-9_.-]+)>=([0-9.]+)")
 
 
-def diagnose(*, store: str | None = None, model: str | None = None) -> tuple[Check, ...]:
-    """Run every check, in order. Raises nothing; leaves nothing behind.
+def diagnose(*, store: str | None = None, model: str | None = None, gpu: str | None = None) -> tuple[Check, ...]:
+    """Run every check, in order. Leaves nothing behind; raises `UsageError` for an unknown `gpu` alone.
 
-    `store`: where the store is or will be (None: the working directory); `model`: a hub id or directory.
+    Args:
+        store: where the store is or will be; None: the working directory.
+        model: hub id or directory.
+        gpu: card of `plan`'s table to judge the memory of, in place of this machine's.
     """
+    from alpacache.planning.gpus import gpu_named
     from cache_store.storage.storage import is_uri
 
-    place = store or "."
+    place, card = store or ".", None if gpu is None else gpu_named(gpu)
     checks: dict[str, Callable[[], Check]] = {
         "python": check_python,
         "packages": check_packages,
         "optional packages": check_optional,
         "gpu": check_gpu,
-        "gpu memory": lambda: check_gpu_memory(model),
+        "gpu memory": lambda: check_gpu_memory(model, card),
         "compiler": check_compiler,
         "ram": check_ram,
         "page-locking": check_page_locking,
@@ -126,23 +131,37 @@ def check_gpu() -> Check:
     return verdict("gpu", finding, fail=remedy if major < 8 else "")
 
 
-def check_gpu_memory(model: str | None = None) -> Check:
+def check_gpu_memory(model: str | None = None, card: "Gpu | None" = None) -> Check:
     """Free memory against the least that training the released model takes (one front camera, int8, batch 1), and where
-    its stage one would have its weights."""
+    its stage one would have its weights, with its hours on a card that `plan` knows.
+
+    `card`: the one to judge, empty and in this machine, in place of the one that is there.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        return verdict("gpu memory", "no GPU", warn="See gpu.")
+    if card is None and not torch.cuda.is_available():
+        return verdict("gpu memory", "no GPU", warn="See gpu; of a card that you think of, --gpu 4070 tells.")
     from alpacache.gpu.host_memory import available_bytes
-    from alpacache.planning.plan import least_training_bytes, prefill_home
+    from alpacache.planning.config import allowed_bytes
+    from alpacache.planning.gpus import card_of
+    from alpacache.planning.plan import least_training_bytes, stage_one
 
-    free, total = torch.cuda.mem_get_info()
+    if card is None:
+        free, total = torch.cuda.mem_get_info()
+        room, card = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}", card_of(torch.cuda.get_device_name())
+    else:
+        free = allowed_bytes(card.memory_gb)
+        room = f"{card.name}, {free / 2**30:.1f} GiB beside its context"
     family = _family_of(model)
-    home = prefill_home(free, available_bytes(), family)
-    where = {"gpu": "with its weights here", "ram": "with its weights in RAM", "files": "with its weights in its files"}
-    stage_one = f"extract of the released model {where[home]}" if home else "no room for extract of the released model"
+    home, hours = stage_one(free, available_bytes(), family, card)
+    told = "no room for extract of the released model"
+    if home is not None:
+        where = {"gpu": "on the GPU", "ram": "in RAM", "files": "in its files"}[home]
+        told = f"extract of the released model with its weights {where}"
+    if hours is not None:
+        told += f", about {hours:.2g} h for 1,000 samples of one camera, by data sheets"
     everything, adapters = (least_training_bytes(which, family) for which in ("all", "lora"))
-    finding = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}: {stage_one}"
+    finding = f"{room}: {told}"
     remedy = "end what else is on the GPU."
     if free < adapters:
         remedy = f"Training takes {adapters / 2**30:.1f} GiB at the least (--trainable lora); {remedy}"

@@ -1,5 +1,6 @@
 """GPUs by name, with the rates that the times of both stages scale with."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,6 +43,16 @@ GPUS: Mapping[str, Gpu] = {
     "3060": Gpu(name="GeForce RTX 3060 12GB", tflops=25.5, memory_gb_s=360, memory_gb=12),
     "4060": Gpu(name="GeForce RTX 4060", tflops=30.2, memory_gb_s=272, memory_gb=8, bus_gb_s=12.5),
 }
+
+
+def card_of(device_name: str) -> Gpu | None:
+    """The entry of the table for a device's own name, such as "NVIDIA GeForce RTX 4090"; None if there is none."""
+    return {_plain(gpu.name): gpu for gpu in GPUS.values()}.get(_plain(device_name))
+
+
+def _plain(name: str) -> str:
+    """A card's name without maker, memory and slot; "Ti" and "Laptop GPU" are other cards."""
+    return re.sub(r"^NVIDIA |[ -](SXM\d?|PCIe|\d+GB|HBM\w*)\b", "", name)
 
 
 def gpu_named(name: str) -> Gpu:

@@ -215,7 +215,7 @@ def plan(config: PlanConfig) -> Plan:
         new_expert=config.expert_choices if config.from_scratch else None,
     )
     geometry, prompt, layers = model.geometry, model.prompt, model.layers
-    machine = _machine(config.gpu, probed_folder=(config.store or ".") if config.probe else None)
+    machine = _machine(gpu_named(config.gpu), probed_folder=(config.store or ".") if config.probe else None)
     parts: dict[str, Any] = {"hidden_states": config.hidden_states == "last", "rollouts": rollouts, "layers": layers}
     sizes = {
         name: sample_bytes(geometry, prompt, codec=codec_for(name, layers), **parts)
@@ -417,8 +417,13 @@ def _extract_plan(
     return ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours, memory=prefill)
 
 
-def prefill_home(device_bytes: int, host_bytes: int, family: ReleasedFamily | None = None) -> WeightsHome | None:
-    """Place of the released model's weights in stage one (one front camera, int8); None where nothing fits."""
+def stage_one(
+    device_bytes: int, host_bytes: int, family: ReleasedFamily | None = None, card: Gpu | None = None
+) -> tuple[WeightsHome | None, float | None]:
+    """Place of the released model's weights in stage one (one front camera, int8), and hours for 1,000 samples.
+
+    The place is None where nothing fits, and so are the hours then or without a card of known rates.
+    """
     found = plan(PlanConfig(samples=1000, codec="int8", family=family))
     picture = PlanConfig(samples=1).picture
     prompt = planned_prompt(None, found.cameras, frames=found.frames, picture=picture, family=family)
@@ -432,7 +437,19 @@ def prefill_home(device_bytes: int, host_bytes: int, family: ReleasedFamily | No
         cap_bytes=device_bytes,
         host_bytes=host_bytes,
     )
-    return None if memory is None else memory.home
+    if memory is None or card is None:
+        return None if memory is None else memory.home, None
+    extract = _extract_plan(
+        released(family)[1].geometry,
+        prompt,
+        memory,
+        _machine(card, probed_folder=None),
+        picture,
+        recorded=len(found.cameras),
+        samples=found.samples,
+        one_bytes=stored,
+    )
+    return memory.home, extract.hours
 
 
 def least_training_bytes(trainable: Trainable, family: ReleasedFamily | None = None) -> int:
@@ -469,9 +486,8 @@ def _workload(
     )
 
 
-def _machine(gpu_name: str, *, probed_folder: str | None) -> Machine:
+def _machine(gpu: Gpu, *, probed_folder: str | None) -> Machine:
     """A GPU of the table and assumed speeds, or with a folder this machine, measured there."""
-    gpu = gpu_named(gpu_name)
     gpu_is: Literal["measured", "scaled", "probed"] = "measured" if gpu is GPUS[MEASURED] else "scaled"
     if probed_folder is None:
         speeds = {"read_bytes_s": READ_BYTES_S, "write_bytes_s": WRITE_BYTES_S}

@@ -1,6 +1,7 @@
 """The checks where something is broken: what they say, and that one that raises does not hide the others."""
 
 import json
+import re
 import time
 import types
 from importlib import metadata
@@ -16,6 +17,7 @@ from alpacache.checks.check import worst
 from alpacache.checks.machine import diagnose
 from alpacache.gpu import host_memory
 from alpacache.planning import machine as machine_speed
+from alpacache.planning.gpus import GPUS, card_of
 
 GIB = 2**30
 
@@ -88,7 +90,7 @@ def test_gpu_memory_against_what_training_takes(gpu, free_gib, status, says):
 @pytest.mark.parametrize(
     ("free_gib", "ram_gib", "says"),
     [
-        (79, 8, "its weights here"),
+        (79, 8, "its weights on the GPU"),
         (8, 64, "its weights in RAM"),
         (8, 9, "its weights in its files"),
         (1, 64, "no room"),
@@ -98,6 +100,33 @@ def test_gpu_memory_says_where_stage_one_has_its_weights(gpu, free_gib, ram_gib,
     monkeypatch.setattr(host_memory, "available_bytes", lambda: ram_gib * GIB)
     gpu.memory = (free_gib * GIB, 80 * GIB)
     assert says in doctor.check_gpu_memory().found
+
+
+def test_hours_of_a_known_card(gpu, monkeypatch):
+    """A card that is not here is judged as an empty one in this machine."""
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 64 * GIB)
+    one, other = (doctor.check_gpu_memory(card=GPUS[name]).found for name in ("4070", "4060"))
+    assert "RTX 4070, 11.5 GiB beside its context: extract of the released model with its weights in RAM" in one
+    hours = [float(re.search(r"about ([0-9.]+) h for 1,000", found)[1]) for found in (one, other)]
+    assert 0.1 < hours[0] < hours[1] < 1
+    assert "h for 1,000" not in doctor.check_gpu_memory().found  # a GPU of another name
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce RTX 3060", "3060"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4060 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_cards_by_a_device_s_own_name(device, card):
+    assert card_of(device) is GPUS.get(card)
 
 
 def test_a_gpu_without_bfloat16(gpu):
