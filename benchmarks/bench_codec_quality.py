@@ -85,7 +85,7 @@ def measure(name: str, folder: Path, model: str, size: DemoSize, seeds: Sequence
         run = home / f"run-{seed}"
         if not (home / f"run-{seed}.done").exists():
             shutil.rmtree(run, ignore_errors=True)
-            alpacache.train(train_config(home / "train", model, run, size=size, seed=seed))
+            alpacache.train(train_config((home / "train",), model, run, size=size, seed=seed))
             (home / f"run-{seed}.done").touch()
         print(name, "seed", seed, "is trained", flush=True)
     first, *others = seeds
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=500)
     options = parser.parse_args()
-    size = DemoSize(steps=options.steps, train_samples=options.samples)
+    size = DemoSize(steps=options.steps, train_samples=options.samples, batch_size=16, draws=4)
     if options.quick:
         size = DemoSize(train_samples=48, val_samples=12, steps=24, batch_size=4)
     folder: Path = options.folder

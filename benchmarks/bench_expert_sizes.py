@@ -45,7 +45,7 @@ def measure(out: Path, *, size: DemoSize, maps: tuple[tuple[int, ...], ...], wid
             for seed in SEEDS:
                 name = f"{'-'.join(map(str, layer_map))} x {width}, seed {seed}"
                 runs[name] = str(out / "runs" / name.replace(" ", ""))
-                config = train_config(out / "train", str(model), Path(runs[name]), size=size, seed=seed)
+                config = train_config((out / "train",), str(model), Path(runs[name]), size=size, seed=seed)
                 new = {"from_scratch": True, "expert_map": layer_map, "expert_width": width}
                 train(replace(config, **new, resume=True, track="none"))
     judging = replace(eval_config(out / "val", str(model), out / "report", run=out), checkpoint=None, compare=runs)

@@ -9,7 +9,7 @@ with those in sight a model copies the last curvature and never looks at the pic
 Before that the vision tower alone is warmed up on the same targets through a small head that is thrown away: without
 this the whole model sits on a plateau for thousands of steps, predicting straight.
 
-Half of the cars have strayed from the middle of their lane, and small heads, thrown away too, must find the lane in
+Most of the cars have strayed from the middle of their lane, and small heads, thrown away too, must find the lane in
 what every layer offers to attention: of tokens alone and of cars that are where they should be, a VLM learns the bends
 ahead, but neither where in the lane nor how askew it is, and what a car cannot see it cannot correct.
 """
