@@ -120,6 +120,10 @@ def test_stores_fit_their_bytes_and_batches():
         assert samples // case.batch >= 6
     sizes = {case.store: bench_train_e2e.FULL.samples(case) for case in bench_train_e2e.full_cases()}
     assert sizes == {"c4-int8": 88, "c4-bf16": 48, "c1-int8": 304, "c1-bf16": 176} | {
+        "c1-int4": 576,
+        "c4-int4": 168,
+        "c1-transform:2.2": 1184,
+        "c4-transform:2.2": 336,
         "f2-c1-int8": 176,
         "f2-c1-int4": 336,
         "f2-c6-int8": 32,
