@@ -119,6 +119,7 @@ def test_ten_samples_can_be_learnt_by_heart(tiny_checkpoint, store, tmp_path):
     assert report.last_loss < 0.4 * report.first_loss
 
 
+@pytest.mark.ci
 @pytest.mark.system
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_checkpoint, store, tmp_path):
     for name, changes in (("a", {}), ("b", {"in_memory": True}), ("c", {"seed": 1})):
@@ -695,6 +696,7 @@ def test_a_store_that_goes_away_ends_the_run_saved(tiny_checkpoint, store, tmp_p
     assert (report.steps, report.damaged, report.missed) == (20, 0, 0)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["trained", "validated"])
 def test_a_store_that_comes_back_costs_nothing(tiny_checkpoint, store, tmp_path, monkeypatch, caplog, kind):
     """It is away for longer than any read is tried again; the run ends with the same weights as an undisturbed one."""
@@ -817,6 +819,7 @@ def checking_device(request, monkeypatch):
     return "cpu"
 
 
+@pytest.mark.ci
 @pytest.mark.system
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_damage_that_the_device_finds_stops_the_run_before_its_step(
