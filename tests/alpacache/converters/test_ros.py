@@ -526,18 +526,32 @@ def bag_messages(store, curved, times_ns, *, ros1):
             yield IMAGE, kind, ns, types[kind](header_of(ns, "camera", at), "jpeg", data)
 
 
-def test_a_bag_of_ros_1_becomes_the_drive_it_was_written_from(curved, times_ns, tmp_path):
-    from rosbags.typesys import Stores, get_typestore
-
-    store, path = get_typestore(Stores.ROS1_NOETIC), tmp_path / "a.bag"
-    writer = rosbag1.Writer(path)
-    writer.set_compression(writer.CompressionFormat.LZ4)
+def fill(writer, store, curved, times_ns, *, ros1):
+    """Write the drive's messages into a bag that is not open yet."""
+    serialize = store.serialize_ros1 if ros1 else store.serialize_cdr
     with writer:
         connections = {}
-        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=True):
+        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=ros1):
             if topic not in connections:
                 connections[topic] = writer.add_connection(topic, kind, typestore=store)
-            writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_ros1(value, kind))
+            writer.write(connections[topic], int(ns) + ARRIVAL_NS, serialize(value, kind))
+
+
+def write_ros_1_bag(folder, curved, times_ns, *, compression, chunk_bytes=None):
+    from rosbags.typesys import Stores, get_typestore
+
+    path = folder / "a.bag"
+    writer = rosbag1.Writer(path)
+    if chunk_bytes is not None:
+        writer.chunk_threshold = chunk_bytes
+    if compression != "NONE":
+        writer.set_compression(writer.CompressionFormat[compression])
+    fill(writer, get_typestore(Stores.ROS1_NOETIC), curved, times_ns, ros1=True)
+    return path
+
+
+def test_a_bag_of_ros_1_becomes_the_drive_it_was_written_from(curved, times_ns, tmp_path):
+    path = write_ros_1_bag(tmp_path, curved, times_ns, compression="LZ4")
     drive = only(path)
     assert_same_drive(drive, curved, times_ns)
     assert drive.facts["poses"]["arrival_after_stamp_ms"]["median"] == 8.0
@@ -546,19 +560,7 @@ def test_a_bag_of_ros_1_becomes_the_drive_it_was_written_from(curved, times_ns, 
 
 @pytest.mark.parametrize("compression", ["NONE", "BZ2", "LZ4"])
 def test_a_bag_of_ros_1_that_was_cut_off_is_read_as_far_as_it_is_whole(curved, times_ns, tmp_path, compression):
-    from rosbags.typesys import Stores, get_typestore
-
-    store, path = get_typestore(Stores.ROS1_NOETIC), tmp_path / "a.bag"
-    writer = rosbag1.Writer(path)
-    writer.chunk_threshold = 100_000
-    if compression != "NONE":
-        writer.set_compression(writer.CompressionFormat[compression])
-    with writer:
-        connections = {}
-        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=True):
-            if topic not in connections:
-                connections[topic] = writer.add_connection(topic, kind, typestore=store)
-            writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_ros1(value, kind))
+    path = write_ros_1_bag(tmp_path, curved, times_ns, compression=compression, chunk_bytes=100_000)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
     drive = only(path)
@@ -581,12 +583,7 @@ def write_bag(path, curved, times_ns, *, compression="none", storage="SQLITE3"):
     writer = rosbag2.Writer(path, version=8, storage_plugin=rosbag2.StoragePlugin[storage])
     if compression != "none":
         writer.set_compression(rosbag2.CompressionMode[compression.upper()], rosbag2.CompressionFormat.ZSTD)
-    with writer:
-        connections = {}
-        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=False):
-            if topic not in connections:
-                connections[topic] = writer.add_connection(topic, kind, typestore=store)
-            writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_cdr(value, kind))
+    fill(writer, store, curved, times_ns, ros1=False)
 
 
 def replaced_message(database, data, *, topic="/pose", number=100):
@@ -647,17 +644,7 @@ def test_a_file_that_unfolds_beyond_any_recording_is_refused(curved, times_ns, t
 
 @pytest.mark.parametrize("damage", ["bomb", "flip"])
 def test_a_damaged_chunk_of_a_bag_of_ros_1_is_refused(curved, times_ns, tmp_path, monkeypatch, damage):
-    from rosbags.typesys import Stores, get_typestore
-
-    store, path = get_typestore(Stores.ROS1_NOETIC), tmp_path / "a.bag"
-    writer = rosbag1.Writer(path)
-    writer.set_compression(writer.CompressionFormat.BZ2)
-    with writer:
-        connections = {}
-        for topic, kind, ns, value in bag_messages(store, curved, times_ns, ros1=True):
-            if topic not in connections:
-                connections[topic] = writer.add_connection(topic, kind, typestore=store)
-            writer.write(connections[topic], int(ns) + ARRIVAL_NS, store.serialize_ros1(value, kind))
+    path = write_ros_1_bag(tmp_path, curved, times_ns, compression="BZ2")
     if damage == "bomb":
         monkeypatch.setattr(unpacking, "MOST_CHUNK_BYTES", 1000)
     else:
