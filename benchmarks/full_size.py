@@ -240,10 +240,9 @@ def write_store(
     if stored_identity(directory) is not None and len(reader := CacheReader(directory)) >= samples:
         return reader
     random = RandomKV(expert_config(checkpoint).num_hidden_layers, KV_HEADS, HEAD_DIM, device())
-    definition, tables = CODECS.get(codec), None
-    if isinstance(TransformCodec.named(codec), TransformCodec):
-        definition = _learnt(codec, random, int(lengths.mean()))
-        tables = definition.calibrated.to_bytes()
+    definition: KVCodec | None = CODECS.get(codec)
+    if (wanted := TransformCodec.named(codec)) is not None:
+        definition = _learnt(wanted.rate, random, int(lengths.mean()))
     identity = store_identity(
         checkpoint,
         InputBuilder(checkpoint),
@@ -258,7 +257,7 @@ def write_store(
         fields=store_fields(hidden_states=False, codec=definition),
         identity=identity,
         provenance={"source": "random"},
-        codec_tables=tables,
+        codec_tables=None if definition is None else definition.tables_bytes,
     )
     reader = CacheReader(directory)
     layers = dict(zip(lengths.tolist(), _random_layers(random, lengths.tolist(), definition), strict=True))
@@ -433,14 +432,12 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _learnt(name: str, random: RandomKV, tokens: int) -> TransformCodec:
-    """The codec of this name, with tables for such keys and values."""
-    wanted = TransformCodec.named(name)
-    assert wanted is not None
+def _learnt(rate: float, random: RandomKV, tokens: int) -> TransformCodec:
+    """The codec `transform` of this rate, with tables for such keys and values."""
     samples = [
         KVSample(kv=kv.cpu(), positions=places) for kv, places in (random.kv(tokens) for _ in range(_LEARNT_FROM))
     ]
-    return calibrate(samples, rate=wanted.rate, angles=random.angles, axes=random.axes, device=random.device)
+    return calibrate(samples, rate=rate, angles=random.angles, axes=random.axes, device=random.device)
 
 
 def _random_layers(random: RandomKV, lengths: list[int], codec: KVCodec | None) -> Iterator[NDArray[Any]]:

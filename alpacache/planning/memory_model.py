@@ -145,7 +145,7 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
     if each == 0:
         return plan
     room = (1 - _ROOM) * cap_bytes - plan.device_bytes
-    if work.layout.codec is None or not work.layout.codec.heavy:
+    if not work.layout.is_heavy:
         room = min(room, _MOST_MORE * plan.device_bytes)
     layers = min(work.layout.layers, plan.decoded_layers + int(max(0.0, room) // each))
     beside = _beside_decoded(work, plan.micro_batch)

@@ -424,12 +424,12 @@ def stage_one(
 
     The place is None where nothing fits, and so are the hours then or without a card of known rates.
     """
-    found = plan(PlanConfig(samples=1000, codec="int8", family=family))
+    found, geometry = plan(PlanConfig(samples=1000, codec="int8", family=family)), released(family)[1].geometry
     picture = PlanConfig(samples=1).picture
     prompt = planned_prompt(None, found.cameras, frames=found.frames, picture=picture, family=family)
     stored = found.kv_bytes_by_codec["int8"] + found.bytes_by_field["hidden"]
     memory, _ = _prefill_plan(
-        released(family)[1].geometry,
+        geometry,
         prompt,
         stored_bytes=stored,
         samples=found.samples,
@@ -440,7 +440,7 @@ def stage_one(
     if memory is None or card is None:
         return None if memory is None else memory.home, None
     extract = _extract_plan(
-        released(family)[1].geometry,
+        geometry,
         prompt,
         memory,
         _machine(card, probed_folder=None),

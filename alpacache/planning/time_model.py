@@ -98,8 +98,8 @@ def compute_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu) -> float:
     arithmetic = tokens * (_TOKEN_S + _PAIR_S * work.longest) * _arithmetic(gpu)
     parts = math.ceil(work.batch_size / plan.micro_batch)
     passes = 2 - plan.decoded_layers / work.layout.layers
-    decoded, codec = work.batch_size * work.longest * passes, work.layout.codec
-    if codec is not None and codec.heavy:
+    decoded = work.batch_size * work.longest * passes
+    if work.layout.is_heavy:
         arithmetic += decoded * _HEAVY_DECODED_S * _arithmetic(gpu)
         decoded = 0.0
     traffic = (parts * _PART_TRAFFIC_S + decoded * _DECODED_S) * _traffic(gpu)

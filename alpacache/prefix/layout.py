@@ -51,6 +51,11 @@ class PrefixLayout:
         assert self.codec is not None
         return tensor_codec(self.codec)
 
+    @property
+    def is_heavy(self) -> bool:
+        """True if rows have a codec whose decoding is many times the work of reading (`KVCodec.heavy`)."""
+        return self.codec is not None and self.codec.heavy
+
     def shape(self, tokens: int) -> tuple[int, ...]:
         """`[layer, 2, kv_head, token, channel]` of a sample's keys and values."""
         return (self.layers, 2, self.kv_heads, tokens, self.head_dim)

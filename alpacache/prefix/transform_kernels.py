@@ -540,8 +540,8 @@ def forget_tables() -> None:
 def _runs(tables: TransformTables) -> "np.ndarray[Any, Any]":
     """Steps of each part of each group that share a table, one after the other; padded with runs of none."""
     found = []
-    for part in itertools.product(tables.groups, range(tables.parts)):
-        own = part[0].classes[part[1] :: tables.parts].astype(np.int64)
+    for group, part in itertools.product(tables.groups, range(tables.parts)):
+        own = group.classes[part :: tables.parts].astype(np.int64)
         ends = [*(np.flatnonzero(np.diff(own)) + 1).tolist(), len(own)]
         firsts = [0, *ends[:-1]]
         found.append([[int(own[a]), a, b, int(tables.low[own[a]])] for a, b in zip(firsts, ends, strict=True) if b > a])

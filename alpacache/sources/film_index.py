@@ -40,10 +40,28 @@ SAME_SPEED = 0.03
 """Share from which on a film that differs in speed from its timestamps has a speed of its own, as slow motion has."""
 EDGE_JITTERS = 4.0
 """Move that is still jitter at the ends of a film, as a multiple of the median disagreement of a step."""
-_FIRST_NOT_A_PICTURE = {"h264": 6, "hevc": 32}
-"""Kinds of a stream's units from here on are no parts of a picture."""
 _CONCEALING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
 """Decoders that do not mark concealed damage if they decode a frame in several threads."""
+
+
+class _Units(NamedTuple):
+    """How a codec tells the units of its stream apart."""
+
+    shift: int
+    mask: int
+    """Of a unit's first byte: its kind, once shifted."""
+    idr: tuple[int, ...]
+    """Kinds of an IDR picture."""
+    first_other: int
+    """Kinds from this on are no parts of a picture."""
+    length_at: int
+    """Place in the codec's head of the byte that says how many bytes a unit's length takes."""
+
+
+_UNITS = {
+    "h264": _Units(shift=0, mask=0x1F, idr=(5,), first_other=6, length_at=4),
+    "hevc": _Units(shift=1, mask=0x3F, idr=(19, 20), first_other=32, length_at=21),
+}
 
 
 class FilmIndex(NamedTuple):
@@ -186,17 +204,15 @@ def index_film(container: Any, stream: Any, stamps_us: NDArray[np.int64], *, whe
 
 def _forgets(packet: Any, codec: Any) -> bool:
     """Tell whether a packet holds an IDR picture of H.264 or H.265, before which a decoder forgets all others."""
-    known = {"h264": (0, 0x1F, (5,), 4), "hevc": (1, 0x3F, (19, 20), 21)}.get(codec.name)
-    head = codec.extradata or b""
-    if known is None or len(head) <= known[3] or head[0] != 1:
+    units, head = _UNITS.get(codec.name), codec.extradata or b""
+    if units is None or len(head) <= units.length_at or head[0] != 1:
         return False  # another codec, or units without their lengths
-    shift, mask, idr, place = known
-    data, size, at = memoryview(packet), (head[place] & 3) + 1, 0
+    data, size, at = memoryview(packet), (head[units.length_at] & 3) + 1, 0
     while at + size < len(data):
-        kind = data[at + size] >> shift & mask
-        if kind in idr:
+        kind = data[at + size] >> units.shift & units.mask
+        if kind in units.idr:
             return True
-        if kind < _FIRST_NOT_A_PICTURE[codec.name]:
+        if kind < units.first_other:
             return False
         at += size + int.from_bytes(data[at : at + size], "big")
     return False

@@ -252,6 +252,10 @@ class Student(nn.Module):
         weight = self.model.lm_head.weight[first_bin : first_bin + FUTURE_BINS]
         return hidden[:, -2 * (64 // STRIDE) :] @ weight.T
 
+    def token_loss(self, hidden: Tensor, action: Tensor, first_bin: int) -> Tensor:
+        """Cross-entropy of the future tokens."""
+        return F.cross_entropy(self.predict(hidden, first_bin).flatten(0, 1), soft_targets(action).flatten(0, 1))
+
     def lanes(self, cache: list[LayerKV]) -> Tensor:
         """`[layers, B, len(LANE_M)]`: the lane as each layer tells an attention that weighs all image tokens alike."""
         told = [kv.values[:, :, self.image].mean(2).flatten(1) for kv in cache]
@@ -428,9 +432,7 @@ def pretrain(
             group["lr"] = lr * rate_at(step, steps, warm=100, least=0.02, spent=spent)
         inputs = train.make(order.integers(len(train), size=batch), flip=bool(order.integers(2)))
         hidden, cache = student(inputs)
-        tokens = F.cross_entropy(
-            student.predict(hidden, first_bin).flatten(0, 1), soft_targets(inputs.action).flatten(0, 1)
-        )
+        tokens = student.token_loss(hidden, inputs.action, first_bin)
         lanes = ((student.lanes(cache) - inputs.lane) ** 2).mean()
         optimizer.zero_grad()
         (tokens + lanes).backward()
@@ -472,9 +474,7 @@ def held_out_losses(student: Student, batches: Batches, first_bin: int) -> tuple
     """Cross-entropy of the tokens, and the share of the lane's variance that each layer misses."""
     inputs = batches.make(np.arange(min(256, len(batches))))
     hidden, cache = student(inputs)
-    tokens = F.cross_entropy(
-        student.predict(hidden, first_bin).flatten(0, 1), soft_targets(inputs.action).flatten(0, 1)
-    )
+    tokens = student.token_loss(hidden, inputs.action, first_bin)
     lanes = ((student.lanes(cache) - inputs.lane) ** 2).mean((1, 2))
     return float(tokens), [round(value, 4) for value in lanes.tolist()]
 
