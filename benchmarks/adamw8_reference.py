@@ -1,12 +1,15 @@
 """The arithmetic of adamw8's update in PyTorch, for any device; `alpacache.training.adamw8_update` is its kernel."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from alpacache.training.adamw8 import AdamW8
-from alpacache.training.adamw8_update import FLOOR, GROUP, RANGE, Hyperparameters, Moments, Scalars
+from alpacache.training.adamw8_update import FLOOR, GROUP, RANGE, Hyperparameters, Moments, Part, Scalars
+from alpacache.training.optimizers import Updated
 
-_BF16_MAX = 3.3895313892515355e38
 _NAN_BITS = 0x7FC00000
 _UINT32 = 0xFFFFFFFF
 
@@ -28,25 +31,38 @@ def update_reference(weight: Tensor, grad: Tensor, state: Moments, scalars: Scal
     v = (low + _grouped(state.exp_avg_sq.int()) * _bits_a_code(low, high)).view(torch.float32)
     v += (1 - beta2) * (g * g - v)
     random = random_bits(state.seed, int(scalars.step), g.numel(), first=state.first).view_as(g)
-    code, low, high = _encode_second(v, (random >> 9).float() / 2**23 - 0.5, count)
+    code, low, high = _encode_second(v, (random & 0x7FFFFF).float() / 2**23 - 0.5, count)
     state.exp_avg_sq.copy_(code.flatten()[:count].view_as(weight))
     state.scales.copy_(torch.cat([m_scale, low, high], dim=1).T)
 
     # Without bias correction the lost part counts too little in the first steps, which at worst makes them too careful.
     bias1, bias2 = scalars.bias.float()
-    update = (m * (1 / bias1) + beta1 / (1 - beta1) * (m - rounded)) / (v.sqrt() * (1 / bias2.sqrt()) + hyper.eps)
+    update = m * (scalars.lr / bias1) + (m - rounded) * (scalars.lr * (beta1 / (1 - beta1)))
+    update /= v.sqrt() * (1 / bias2.sqrt()) + hyper.eps
     update, random = (x.flatten()[:count].view_as(weight) for x in (update, random))
-    master = join(weight, state.residual) * (1 - scalars.lr * hyper.weight_decay) - scalars.lr * update
+    master = join(weight, state.residual) * (1 - scalars.lr * hyper.weight_decay) - update
     if state.residual is None:
         weight.copy_(master)
     else:
-        split(master, random & 0xFF, weight, state.residual)
+        split(master, random >> 24, weight, state.residual)
+
+
+class ReferenceUpdates:
+    """Updates parts without a kernel; synchronises with the device."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """What `TritonUpdates` takes does not matter here."""
+
+    def __call__(self, parts: Mapping[str, Part], scalars: Scalars, hyper: Hyperparameters, updated: Updated) -> None:
+        for name, part in parts.items():
+            update_reference(part.weight, part.grad, part.state, scalars, hyper)
+            updated(name)
 
 
 class ReferenceAdamW8(AdamW8):
-    """The optimizer without its kernel; synchronises with the device."""
+    """The optimizer without its kernel."""
 
-    update = staticmethod(update_reference)
+    updates = ReferenceUpdates
 
 
 def join(weight: Tensor, residual: Tensor | None) -> Tensor:
@@ -59,10 +75,9 @@ def join(weight: Tensor, residual: Tensor | None) -> Tensor:
 def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> None:
     """Store a float32 master in its upper 24 bits, rounded up where its lower 8 and `random` (0 to 255) carry.
 
-    The weight is the nearest bf16. A value beyond bf16's range becomes its greatest; NaN stays NaN.
+    The weight is the nearest bf16. A value beyond bf16's range becomes infinite; NaN stays NaN.
     """
-    bits = master.clamp(-_BF16_MAX, _BF16_MAX).view(torch.int32)
-    bits = torch.where(master.isnan(), _NAN_BITS, (bits + random.int()) & -0x100)
+    bits = torch.where(master.isnan(), _NAN_BITS, (master.view(torch.int32) + random.int()) & -0x100)
     upper = (bits + 0x8000) >> 16
     weight.copy_(upper.to(torch.int16).view(torch.bfloat16))
     residual.copy_((bits - (upper << 16)) >> 8)
@@ -71,7 +86,8 @@ def split(master: Tensor, random: Tensor, weight: Tensor, residual: Tensor) -> N
 def random_bits(seed: int, step: int, count: int, *, first: int = 0) -> Tensor:
     """32 random bits for each of `count` elements from number `first` on, as int64."""
     key = int(_mixed(torch.tensor((seed + step * 0x9E3779B9) & _UINT32)))
-    return _mixed((torch.arange(first, first + count) & _UINT32) ^ key)
+    x = (((torch.arange(first, first + count) & _UINT32) ^ key) * 0x9E3779B1) & _UINT32
+    return ((x ^ (x >> 15)) * 0x846CA68B) & _UINT32
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -101,7 +117,7 @@ def _encode_second(v: Tensor, random: Tensor, count: int) -> tuple[Tensor, Tenso
     low = _outward(torch.maximum(least, high * RANGE).clamp(min=FLOOR), up=False)
     first = low.view(torch.int32)
     code_bits = _bits_a_code(first, high.view(torch.int32)).clamp(min=1).float()
-    y = (torch.maximum(v, low).view(torch.int32) - first).float() * (1 / code_bits)
+    y = (v.view(torch.int32) - first).clamp(min=0).float() * (1 / code_bits)
     return (y + random).round().clamp(max=255), low, high
 
 

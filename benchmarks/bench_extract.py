@@ -409,12 +409,15 @@ def main() -> None:
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(full_size.CAMERA_SETS))
     parser.add_argument("--family", default="r1", choices=full_size.FAMILIES)
     parser.add_argument("--codecs", nargs="+", default=["int8", "bf16"], choices=["int8", "bf16"])
+    parser.add_argument("--batches", type=int, nargs="*", help="of the VLM alone, beside extract's own")
     parser.add_argument("--read-in-threads", action="store_true", help="add rows of reading in threads, for comparison")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not options.quick:
         raise SystemExit("a full run needs a CUDA device; --quick runs a small model on the CPU.")
     scale = QUICK if options.quick else FULL
+    if options.batches is not None:
+        scale = dataclasses.replace(scale, batches=tuple(options.batches))
     root = Path(tempfile.mkdtemp(dir=options.dir))
     rows: list[dict[str, Any]] = []
     try:

@@ -27,7 +27,7 @@ from alpacache.alpamayo.prompt import ROUTE_TOKENS, PromptFormat, Reasoning
 from alpacache.alpamayo.recognition import Recognition, recognise_family
 from alpacache.driving.cameras import CAMERAS
 from alpacache.driving.picture_size import fit_size, image_tokens
-from alpacache.driving.resizing import ResizedPictures, resized
+from alpacache.driving.resizing import PicturesToDevice, ResizedPictures, resized
 from alpacache.driving.route import swapped
 from alpacache.driving.sample import Sample
 from alpacache.errors import BadClipError, CheckpointError, UsageError
@@ -230,6 +230,7 @@ class InputBuilder:
             )
         self._geometry = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
         self._temporal = vision.temporal_patch_size
+        self._sent: dict[torch.device, PicturesToDevice] = {}
         self._limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
         _check_processor(checkpoint, vision.patch_size, vision.spatial_merge_size, self._temporal)
 
@@ -299,14 +300,17 @@ class InputBuilder:
     ) -> VLMInputs:
         """Inputs of the VLM for one sample, its route in the prompt; pixels are made on `device`, by default the CPU.
 
-        With `seen`, pictures that the samples before it had are not resized again (on the CPU). Raises `BadClipError`
+        With `seen`, pictures that the samples before it had are not resized again (on the CPU). With a device, calls
+        must not come from several threads at once. Raises `BadClipError`
         (`bad_route`) for a route that holds tokens of the model.
         """
         frames, _, height, width = sample.frames.shape[1:]
         if sample.route is not None and not self.tokenizer.is_plain(sample.route):
             raise BadClipError("bad_route", f"{sample.ref.sample_id}: its route holds a token of the model's own.")
-        resize: Callable[..., Iterator[Tensor]] = partial(_each_resized, device=device)
-        if seen is not None:
+        resize: Callable[..., Iterator[Tensor]] = _each_resized
+        if device is not None:
+            resize = self._sent.setdefault(device, PicturesToDevice(device)).resized
+        elif seen is not None:
             times = enumerate(sample.frame_timestamps_us.tolist())
             resize = partial(seen.of, [(camera, time_us) for camera, shot in times for time_us in shot])
         pixel_values, grid = to_patches(
@@ -344,10 +348,8 @@ class InputBuilder:
         return {"images": PROCESSOR, **self._geometry, "temporal": self._temporal, **self._limits}
 
 
-def _each_resized(
-    frames: NDArray[np.uint8], size: tuple[int, int], *, device: torch.device | None = None
-) -> Iterator[Tensor]:
-    return (resized(frame, size, device=device) for frame in frames)
+def _each_resized(frames: NDArray[np.uint8], size: tuple[int, int]) -> Iterator[Tensor]:
+    return (resized(frame, size) for frame in frames)
 
 
 def to_patches(

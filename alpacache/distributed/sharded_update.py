@@ -21,7 +21,7 @@ from alpacache.distributed.exchange import (
 )
 from alpacache.distributed.peer_memory import PeerMemory
 from alpacache.distributed.world import World
-from alpacache.gpu.capture import TwoStreams
+from alpacache.gpu.squares import SquareSum
 
 _SHARD_MULTIPLE = 1024
 """Elements: whole programs of adamw8's kernel, and whole groups."""
@@ -48,7 +48,7 @@ class ShardedUpdate:
         self._sharded_grads = Bucket(self._exchange.reduce_scatter, BUCKET_BYTES)
         self._whole_grads = Bucket(self._exchange.all_reduce, BUCKET_BYTES)
         self._updated = Bucket(self._exchange.all_gather, self._exchange.gather_bucket_bytes)
-        self._streams = TwoStreams(world.device)
+        self._of_whole, self._of_shards = SquareSum(world.device), SquareSum(world.device)
         if world.size > 1:
             for parameter in parameters.values():
                 parameter.register_post_accumulate_grad_hook(self._sum)  # type: ignore[no-untyped-call]
@@ -64,17 +64,12 @@ class ShardedUpdate:
         grads = {parameter: parameter.grad for parameter in self._parameters.values() if parameter.grad is not None}
         whole = [grad for parameter, grad in grads.items() if parameter not in self._shard_of]
         shards = [grad.view(-1)[self._shard_of[p]] for p, grad in grads.items() if p in self._shard_of]
-        shares = [self._squares(grads) / count for grads, count in ((whole, self.world.size), (shards, 1)) if grads]
+        shares = []
+        if whole:
+            shares.append(self._of_whole(whole) / self.world.size)
+        if shards:
+            shares.append(self._of_shards(shards))
         return torch.stack(shares).sum()
-
-    def _squares(self, grads: list[Tensor]) -> Tensor:
-        halves = [grads[::2], grads[1::2]] if self.world.device.type == "cuda" and len(grads) > 1 else [grads]
-        sums = []
-        with self._streams():
-            for place, half in enumerate(halves):
-                with self._streams.turn(place):
-                    sums.append(torch.stack(torch._foreach_norm(half, 2, torch.float32)).square().sum())
-        return torch.stack(sums).sum()
 
     def gather_updated(self, name: str) -> None:
         """Gather a parameter whose update this process has enqueued on the current stream."""

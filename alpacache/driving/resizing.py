@@ -39,23 +39,59 @@ def to_processor_size(
     return stored.reshape(*frames.shape[:-2], *fitted), (largest, total / len(pictures))
 
 
-def resized(picture: NDArray[np.uint8], size: tuple[int, int], *, device: torch.device | None = None) -> Tensor:
-    """A uint8 picture `[3, H, W]` as float32, resized to `size` (height, width) on `device`; black is 0, white is 1.
+def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+    """A uint8 picture `[3, H, W]` as float32, resized to `size` (height, width); black is 0, white is 1.
 
     Antialiased bicubic, neither clamped nor rounded, so a resized picture may overshoot. One channel at a time: a
-    picture that lies as decoded, colours last, then needs no copy but the one to float. On a GPU all at once, for there
-    starting a kernel takes longer than most copies.
+    picture that lies as decoded, colours last, then needs no copy but the one to float.
     """
-    planes = torch.from_numpy(np.require(picture, requirements="W")).to(device=device)
-    if planes.is_cuda:
-        whole = planes.contiguous().float().div_(255.0)[None]
-        if picture.shape[1:] != size:
-            whole = F.interpolate(whole, size, mode="bicubic", antialias=True, align_corners=False)
-        return whole[0]
-    channels = (plane.float().div_(255.0)[None, None] for plane in planes)
-    if picture.shape[1:] != size:
-        channels = (F.interpolate(each, size, mode="bicubic", antialias=True, align_corners=False) for each in channels)
-    return torch.cat(list(channels), dim=1)[0]
+    planes = torch.from_numpy(np.require(picture, requirements="W"))
+    return torch.cat([_fitted(plane[None, None], size) for plane in planes], dim=1)[0]
+
+
+def _fitted(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 `[N, C, H, W]` in float32, resized where it is of another size."""
+    whole = planes.float().div_(255.0)
+    if planes.shape[2:] != size:
+        whole = F.interpolate(whole, size, mode="bicubic", antialias=True, align_corners=False)
+    return whole
+
+
+class PicturesToDevice:
+    """Resizes pictures on a device, to which they go through two page-locked places in turn.
+
+    All of torch's threads copy into a place, while the device fetches from the other; a copy from ordinary memory is
+    made by one thread, and the caller waits for it. On a GPU all channels are resized at once, for there starting a
+    kernel takes longer than most copies. For one thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._places: list[Tensor] = []
+        self._fetched: list[torch.cuda.Event] = []
+        self._turn = 0
+
+    def resized(self, pictures: Iterable[NDArray[np.uint8]], size: tuple[int, int]) -> Iterator[Tensor]:
+        """What `resized` makes of each picture, on the device."""
+        for picture in pictures:
+            yield _fitted(self._sent(picture).contiguous()[None], size)[0]
+
+    def _sent(self, picture: NDArray[np.uint8]) -> Tensor:
+        planes = torch.from_numpy(np.require(picture, requirements="W"))
+        if self._device.type != "cuda":
+            return planes.to(self._device)
+        lies = planes.permute(1, 2, 0)  # as decoded, colours last
+        if not self._places or self._places[0].numel() < lies.numel():
+            torch.cuda.synchronize(self._device)
+            self._places = [torch.empty(lies.numel(), dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._fetched = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        place, fetched = self._places[self._turn][: lies.numel()].view(lies.shape), self._fetched[self._turn]
+        self._turn = 1 - self._turn
+        fetched.synchronize()
+        place.copy_(lies)
+        there = place.to(self._device, non_blocking=True)
+        fetched.record(torch.cuda.current_stream(self._device))
+        return there.permute(2, 0, 1)
 
 
 class ResizedPictures:

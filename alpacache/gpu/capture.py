@@ -4,8 +4,7 @@ Measured on an H100, bf16 of 4 cameras, batch 8: a training step takes 61.8 ms c
 kernel (benchmarks/results/train_step_nvidia-h100-80gb-hbm3_2026-11-24.md).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -30,30 +29,3 @@ def captured(work: Callable[[], None], *, after_warm_up: Callable[[], None] = la
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph
-
-
-class TwoStreams:
-    """Spreads pieces of work over the current stream and a second one; does nothing on a CPU or without a device.
-
-    Many short kernels leave a gap when each ends: an update of 409 parameters takes 8.4 ms so, 9.2 on one stream (H200,
-    docs/decisions/0008).
-    """
-
-    def __init__(self, device: torch.device | None) -> None:
-        cuda = device is not None and device.type == "cuda"
-        self._beside = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Encloses the pieces: both streams wait for what came before, and what comes after waits for both."""
-        if self._beside is None:
-            yield
-            return
-        current = torch.cuda.current_stream()
-        self._beside.wait_stream(current)
-        yield
-        current.wait_stream(self._beside)
-
-    def turn(self, place: int) -> AbstractContextManager[object]:
-        """Encloses one piece of work, counted from 0: every other one goes to the second stream."""
-        return torch.cuda.stream(self._beside if place % 2 else None)

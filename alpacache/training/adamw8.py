@@ -4,7 +4,7 @@ Why not torch's AdamW: a bf16 weight of 1.0 never moves by 1e-4, and a bf16 seco
 library: as Python numbers, lr, clip factor, "skip this step" and step count would be frozen in a captured CUDA graph.
 
 Measured with 2.28 B parameters, captured: 10.9 ms an update on an H100 against 16.6 of torch's fused bf16 AdamW, and
-8.4 ms on an H200. Distance to a float32 run after 300 noisy steps: 0.37 % of its movement against 49 %
+6.9 ms on an H200. Distance to a float32 run after 300 noisy steps: 0.37 % of its movement against 49 %
 (`benchmarks/bench_optimizers.py`, `docs/decisions/0008-adamw8.md`).
 
 What is stored, in groups of 128 consecutive elements (64 would have a tenth less error and take 0.1 GiB more):
@@ -22,20 +22,19 @@ A group's extremes are stored in bf16 rounded outward: rounded inward, the great
 bits are a hash of (parameter name, step, element), so a resumed run draws the same ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from alpacache.gpu.capture import TwoStreams
-from alpacache.training.adamw8_update import Hyperparameters, Moments, Scalars, update_triton
+from alpacache.training.adamw8_update import Hyperparameters, Moments, Part, Scalars, TritonUpdates
 from alpacache.training.optimizers import NO_SHARDS, Updated, copy_into, ignore_name
 
 
 class AdamW8:
     """The optimizer, for parameters on a GPU."""
 
-    update = staticmethod(update_triton)
+    updates: Callable[..., Callable[..., None]] = TritonUpdates
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], hyper: Hyperparameters, shards: Mapping[str, slice] = NO_SHARDS
@@ -45,9 +44,9 @@ class AdamW8:
         self._device, self._hyper = device, hyper
         self._parameters, self._shards = dict(parameters), shards
         self._moments = {name: Moments.empty(name, parameter) for name, parameter in parameters.items()}
-        # Shards first: they are gathered while the rest is updated. Without any, the largest: small ones fill gaps.
-        self._order = sorted(parameters, key=lambda name: name not in shards if shards else -parameters[name].numel())
-        self._streams = TwoStreams(None if shards else device)
+        # Shards first: they are gathered while the rest is updated.
+        self._order = sorted(parameters, key=lambda name: name not in shards)
+        self._update = self.updates(device, one_by_one=bool(shards))
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._betas = torch.tensor(hyper.betas, dtype=torch.float64, device=device)
         self._bias = torch.zeros(2, dtype=torch.float64, device=device)
@@ -60,17 +59,19 @@ class AdamW8:
         torch.pow(self._betas, self._step, out=self._bias)
         self._bias.neg_().add_(1)
         scalars = Scalars(lr=lr, scale=scale, skip=skip, step=self._step, bias=self._bias)
-        with torch.cuda.device(self._device if self._device.type == "cuda" else -1), self._streams():
-            for place, name in enumerate(self._order):
-                parameter, state = self._parameters[name], self._moments[name]
-                weight, grad = parameter.detach(), parameter.grad
-                if grad is None:
-                    continue
-                if (shard := self._shards.get(name)) is not None:
-                    weight, grad, state = weight.view(-1)[shard], grad.view(-1)[shard], state.shard(shard)
-                with self._streams.turn(place):
-                    self.update(weight, grad, state, scalars, self._hyper)
-                updated(name)
+        parts = {name: part for name in self._order if (part := self._part(name)) is not None}
+        with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
+            self._update(parts, scalars, self._hyper, updated)
+
+    def _part(self, name: str) -> Part | None:
+        """What is updated of a parameter; None without a gradient."""
+        parameter, state, shard = self._parameters[name], self._moments[name], self._shards.get(name)
+        if parameter.grad is None:
+            return None
+        weight, grad = parameter.detach(), parameter.grad.contiguous()
+        if shard is None:
+            return Part(weight=weight, grad=grad, state=state)
+        return Part(weight=weight.view(-1)[shard], grad=grad.view(-1)[shard], state=state.shard(shard))
 
     def tensors(self) -> dict[str, Tensor]:
         """The live state; `<key>.<parameter name>` and `step`."""

@@ -2,12 +2,16 @@
 
 import math
 import zlib
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alpacache.errors import UsageError
+from alpacache.gpu.many_tensors import AddressTable, is_aligned, offsets, stretches
+from alpacache.training.optimizers import Updated
 
 try:
     import triton
@@ -16,9 +20,10 @@ except ImportError:  # a CPU-only install
     triton = None
 
 GROUP = 128
-_ROWS, _WARPS = 4, 1
-"""Groups and warps a program: 512 elements, 16 a thread, and no other warp to wait for. The best of seven shapes: on an
-H200 an update of 2.28 B parameters takes 9.2 ms, with 8 groups and 4 warps 9.7."""
+_ROWS, _WARPS, _TILES, _STAGES = 4, 1, 16, 3
+"""Groups of a tile, 512 elements, of which each thread of the one warp has 16 and no other warp to wait for; tiles of a
+program at most, and how many of them are on their way from memory at a time. The best of 15 shapes: on an H200 an
+update of 2.28 B parameters takes 6.9 ms, without tiles on their way 7.6, a program a tile 8.5."""
 FLOOR = 2.0**-100
 """Least scale of a group: far below eps^2, and its reciprocal is finite."""
 RANGE = 2.0**-32
@@ -103,39 +108,102 @@ class Moments:
         return tensors if self.residual is None else {**tensors, "residual": self.residual}
 
 
-def update_triton(weight: Tensor, grad: Tensor, state: Moments, scalars: Scalars, hyper: Hyperparameters) -> None:
-    """Update one parameter, or a shard of it, in place by one kernel."""
-    beta1, beta2 = hyper.betas
-    programs = triton.cdiv(weight.numel(), _ROWS * GROUP)
-    _update_kernel[(programs,)](
-        weight,
-        grad.contiguous(),
-        state.exp_avg,
-        state.exp_avg_sq,
-        state.scales,
-        state.scales.stride(0),
-        state.residual,
-        scalars.lr,
-        scalars.scale,
-        scalars.skip,
-        scalars.step,
-        scalars.bias,
-        state.seed,
-        state.first,
-        weight.numel(),
-        1 - beta1,
-        1 - beta2,
-        beta1 / (1 - beta1),
-        hyper.weight_decay,
-        hyper.eps,
-        GROUP=GROUP,
-        ROWS=_ROWS,
-        FLOOR=FLOOR,
-        RANGE=RANGE,
-        SHIFT=_SHIFT,
-        EVEN=weight.numel() % (_ROWS * GROUP) == 0,
-        num_warps=_WARPS,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A parameter with its gradient and state, or a shard of it."""
+
+    weight: Tensor
+    grad: Tensor
+    """Contiguous."""
+    state: Moments
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """What the kernel reads and writes, in the order of its arguments."""
+        state = self.state
+        residual = state.exp_avg if state.residual is None else state.residual
+        return [self.weight, self.grad, state.exp_avg, state.exp_avg_sq, residual, state.scales]
+
+    @property
+    def numbers(self) -> list[int]:
+        """What else the kernel has to know of it, in the order of the table's columns."""
+        return [self.weight.numel(), self.state.scales.stride(0), self.state.seed, self.state.first]
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.dtype, bool]:
+        """Parts of one kind are updated by the same compiled kernel."""
+        whole_tiles = self.weight.numel() % (_ROWS * GROUP) == 0
+        return self.weight.dtype, self.grad.dtype, whole_tiles and all(map(is_aligned, self.operands[:-1]))
+
+
+class TritonUpdates:
+    """Updates parts in place, all of a kind by one kernel."""
+
+    def __init__(self, device: torch.device, *, one_by_one: bool) -> None:
+        """`one_by_one`: a kernel for each part, so that others' work on it can begin while the rest is updated."""
+        self._device, self._one_by_one = device, one_by_one
+        self._tables: dict[Hashable, AddressTable] = {}
+        self._known: dict[Hashable, tuple[Tensor, list[int]]] = {}
+
+    def __call__(self, parts: Mapping[str, Part], scalars: Scalars, hyper: Hyperparameters, updated: Updated) -> None:
+        """Enqueue the updates, by kinds; `updated` is called with a part's name when its own is."""
+        kinds: dict[Hashable, dict[str, Part]] = {}
+        for name, part in parts.items():
+            kinds.setdefault(part.kind, {})[name] = part
+        for kind, alike in kinds.items():
+            self._update(kind, alike, scalars, hyper, updated)
+
+    def _update(
+        self, kind: Hashable, parts: Mapping[str, Part], scalars: Scalars, hyper: Hyperparameters, updated: Updated
+    ) -> None:
+        first = next(iter(parts.values()))
+        places = [offsets(column) for column in zip(*(part.operands for part in parts.values()), strict=True)]
+        rows = np.concatenate([np.stack(places, axis=1), [part.numbers for part in parts.values()]], axis=1)
+        table = self._tables.setdefault(kind, AddressTable(self._device)).put(rows)
+        programs, firsts = self._programs([part.weight.numel() for part in parts.values()])
+        launches, bounds = [list(parts)], [0, firsts[-1]]
+        if self._one_by_one:
+            launches, bounds = [[name] for name in parts], firsts
+        beta1, beta2 = hyper.betas
+        for names, begin, end in zip(launches, bounds[:-1], bounds[1:], strict=True):
+            _update_kernel[(end - begin,)](
+                *first.operands[:4],
+                first.state.residual,
+                first.state.scales,
+                table,
+                programs,
+                begin,
+                scalars.lr,
+                scalars.scale,
+                scalars.skip,
+                scalars.step,
+                scalars.bias,
+                1 - beta1,
+                1 - beta2,
+                beta1 / (1 - beta1),
+                hyper.weight_decay,
+                hyper.eps,
+                GROUP=GROUP,
+                ROWS=_ROWS,
+                TILES=_TILES,
+                STAGES=_STAGES,
+                FLOOR=FLOOR,
+                RANGE=RANGE,
+                SHIFT=_SHIFT,
+                EVEN=first.kind[-1],
+                num_warps=_WARPS,
+            )
+            for name in names:
+                updated(name)
+
+    def _programs(self, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Part and first tile of each program, and each part's first program, and the end."""
+        key = tuple(sizes)
+        if key not in self._known:
+            found = stretches([-(-size // (_ROWS * GROUP)) for size in sizes], _TILES)
+            firsts = np.searchsorted(found[:, 0], np.arange(len(sizes) + 1)).tolist()
+            self._known[key] = torch.from_numpy(found).to(self._device), firsts
+        return self._known[key]
 
 
 if triton is not None:
@@ -146,6 +214,20 @@ if triton is not None:
         x = (x ^ (x >> 16)) * 0x7FEB352D
         x = (x ^ (x >> 15)) * 0x846CA68B
         return x ^ (x >> 16)
+
+    @triton.jit
+    def _few_mixed(x):  # type: ignore[no-untyped-def]
+        """A bijective hash in four instructions; over the steps of a run x takes all values, whatever the element."""
+        x *= 0x9E3779B1
+        return (x ^ (x >> 15)) * 0x846CA68B
+
+    @triton.jit
+    def _offset(ptr, aligned: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Read an offset that is a multiple of 16 elements if `aligned`."""
+        offset = tl.load(ptr)
+        if aligned:
+            offset = tl.multiple_of(offset, 16)
+        return offset
 
     @triton.jit
     def _byte_to_float(x):  # type: ignore[no-untyped-def]
@@ -166,98 +248,115 @@ if triton is not None:
             bits += 0xFFFF
         return (bits & -0x10000).to(tl.float32, bitcast=True)
 
-    @triton.jit(do_not_specialize=["seed", "first", "scales_stride"])
+    @triton.jit(do_not_specialize=["first"])
     def _update_kernel(  # type: ignore[no-untyped-def]
-        weight_ptr,  # [count] bf16 or float32
+        weight_ptr,  # [count] bf16 or float32: of the first part, as the next five; the table says where others lie
         grad_ptr,  # [count] any floating type
         exp_avg_ptr,  # [count] int8 codes of m
         exp_avg_sq_ptr,  # [count] uint8 codes of v
-        scales_ptr,  # [3, groups] bf16: max |m|, least v, greatest v
-        scales_stride,  # elements between rows of scales
         residual_ptr,  # [count] int8; None for float32 weights
+        scales_ptr,  # [3, groups] bf16: max |m|, least v, greatest v
+        table_ptr,  # [parts, 10] int64: offsets of those six, then count, elements between rows of scales, seed, first
+        stretches_ptr,  # [programs, 2] int32: part and first tile
+        first,  # number of the first program
         lr_ptr,  # [] float32
         scale_ptr,  # [] float32 factor of the gradients
         skip_ptr,  # [] bool: change nothing
         step_ptr,  # [] int64 number of this step
         bias_ptr,  # [2] float64: 1 - beta ** step
-        seed,  # hash of the parameter's name
-        first,  # number of the parameter's element at index 0
-        count,  # elements
         rate1,  # 1 - beta1
         rate2,  # 1 - beta2
         carry,  # beta1 / (1 - beta1)
         weight_decay,
         eps,
         GROUP: tl.constexpr,  # noqa: N803  # elements a group
-        ROWS: tl.constexpr,  # noqa: N803  # groups a program
+        ROWS: tl.constexpr,  # noqa: N803  # groups a tile
+        TILES: tl.constexpr,  # noqa: N803  # most tiles a program
+        STAGES: tl.constexpr,  # noqa: N803  # tiles that are on their way at a time
         FLOOR: tl.constexpr,  # noqa: N803
         RANGE: tl.constexpr,  # noqa: N803
         SHIFT: tl.constexpr,  # noqa: N803  # _SHIFT
-        EVEN: tl.constexpr,  # noqa: N803  # count is a multiple of ROWS * GROUP
+        EVEN: tl.constexpr,  # noqa: N803  # parts are whole tiles, and aligned
     ):
-        """Update a tile `[ROWS, GROUP]`; comments on the arithmetic are in `benchmarks/adamw8_reference.py`."""
+        """Update tiles `[ROWS, GROUP]` of a part; `benchmarks/adamw8_reference.py` comments on the arithmetic."""
         if tl.load(skip_ptr):
             return
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        index = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = (index < count) | EVEN
-        row_inside = (row * GROUP < count) | EVEN
-        m_scale_ptr = scales_ptr + row
-        low_ptr, high_ptr = m_scale_ptr + scales_stride, m_scale_ptr + 2 * scales_stride
-
-        # All loads come before the first store: loads may not pass it, and memory would idle.
-        grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32) * tl.load(scale_ptr)
-        root = _byte_to_float(tl.load(exp_avg_ptr + index, mask=inside, other=0))
-        second = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0).to(tl.int32)
-        stored = tl.load(weight_ptr + index, mask=inside, other=0.0)
+        stretch_ptr = stretches_ptr + 2 * (first + tl.program_id(0))
+        row_ptr = table_ptr + 10 * tl.load(stretch_ptr)
+        begin = tl.load(stretch_ptr + 1)
+        weight_ptr += _offset(row_ptr, EVEN)
+        grad_ptr += _offset(row_ptr + 1, EVEN)
+        exp_avg_ptr += _offset(row_ptr + 2, EVEN)
+        exp_avg_sq_ptr += _offset(row_ptr + 3, EVEN)
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + index, mask=inside, other=0).to(tl.int32)
-        m_scale = tl.load(m_scale_ptr, mask=row_inside, other=1.0).to(tl.float32)
-        low = tl.load(low_ptr, mask=row_inside, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
-        high = tl.load(high_ptr, mask=row_inside, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
-        bias1 = tl.load(bias_ptr).to(tl.float32)
-        bias2 = tl.load(bias_ptr + 1).to(tl.float32)
+            residual_ptr += _offset(row_ptr + 4, EVEN)
+        scales_ptr += tl.load(row_ptr + 5)
+        count = tl.load(row_ptr + 6).to(tl.int32)
+        stride = tl.load(row_ptr + 7)
+        low_ptr, high_ptr = scales_ptr + stride, scales_ptr + 2 * stride
+        number = tl.load(row_ptr + 9).to(tl.uint32)  # of the part's first element in its parameter
+        key = _mix(tl.load(row_ptr + 8).to(tl.uint32) + tl.load(step_ptr).to(tl.uint32) * 0x9E3779B9)
         lr = tl.load(lr_ptr)
-        step = tl.load(step_ptr).to(tl.uint32)
+        factor = tl.load(scale_ptr)
+        keep = 1 - lr * weight_decay
+        root_bias2 = 1 / tl.sqrt(tl.load(bias_ptr + 1).to(tl.float32))
+        by_m = lr / tl.load(bias_ptr).to(tl.float32)
+        by_lost = lr * carry
 
-        m = root * tl.abs(root) * (m_scale / 16129)[:, None]
-        m += rate1 * (grad - m)
-        m_scale = _stored_scale(tl.maximum(tl.max(tl.abs(m), axis=1), FLOOR), True)
-        y = tl.abs(m) * (16129 / m_scale)[:, None]
-        root = tl.sqrt(tl.maximum(y - 0.25, 0.0))
-        shifted = tl.where(m < 0, -root, root) + SHIFT
-        code = shifted - SHIFT
-        lost = m - code * tl.abs(code) * (m_scale / 16129)[:, None]
-        tl.store(exp_avg_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=inside)
-        tl.store(m_scale_ptr, m_scale.to(tl.bfloat16), mask=row_inside)
+        for tile in tl.range(begin, tl.minimum(begin + TILES, tl.cdiv(count, ROWS * GROUP)), num_stages=STAGES):
+            row = tile * ROWS + tl.arange(0, ROWS)
+            index = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            inside = (index < count) | EVEN
+            row_inside = (row * GROUP < count) | EVEN
 
-        v = (low[:, None] + second * _code_bits(low, high)[:, None]).to(tl.float32, bitcast=True)
-        v += rate2 * (grad * grad - v)
-        greatest = tl.maximum(tl.max(tl.where(inside, v, 0.0), axis=1), FLOOR)
-        least = tl.min(tl.where(inside, v, greatest[:, None]), axis=1)
-        v_high = _stored_scale(greatest, True)
-        v_low = _stored_scale(tl.maximum(tl.maximum(least, v_high * RANGE), FLOOR), False)
-        tl.store(low_ptr, v_low.to(tl.bfloat16), mask=row_inside)
-        tl.store(high_ptr, v_high.to(tl.bfloat16), mask=row_inside)
-        low = v_low.to(tl.int32, bitcast=True)
-        code_bits = tl.maximum(_code_bits(low, v_high.to(tl.int32, bitcast=True)), 1).to(tl.float32)
-        y = (tl.maximum(v, v_low[:, None]).to(tl.int32, bitcast=True) - low[:, None]).to(tl.float32)
-        random = _mix((index + first).to(tl.uint32) ^ _mix(seed.to(tl.uint32) + step * 0x9E3779B9))
-        fraction = ((random >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
-        shifted = tl.minimum(y * (1 / code_bits)[:, None] + fraction + SHIFT, SHIFT + 255)
-        tl.store(exp_avg_sq_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.uint8), mask=inside)
+            # All loads come before the first store: loads may not pass it, and memory would idle.
+            grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32) * factor
+            root = _byte_to_float(tl.load(exp_avg_ptr + index, mask=inside, other=0))
+            second = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0).to(tl.int32)
+            stored = tl.load(weight_ptr + index, mask=inside, other=0.0)
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + index, mask=inside, other=0).to(tl.int32)
+            m_scale = tl.load(scales_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
+            low = tl.load(low_ptr + row, mask=row_inside, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
+            high = tl.load(high_ptr + row, mask=row_inside, other=1.0).to(tl.float32).to(tl.int32, bitcast=True)
 
-        deviation = tl.sqrt(v) * (1 / tl.sqrt(bias2)) + eps
-        update = (m * (1 / bias1) + carry * lost) * tl.rsqrt(deviation * deviation)  # cheaper than a division
-        if residual_ptr is None:
-            master = stored * (1 - lr * weight_decay) - lr * update
-            tl.store(weight_ptr + index, master, mask=inside)
-        else:
-            bits = (stored.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (residual << 8)
-            master = bits.to(tl.float32, bitcast=True) * (1 - lr * weight_decay) - lr * update
-            bits = tl.minimum(tl.maximum(master, -3.3895313892515355e38), 3.3895313892515355e38)
-            bits = (bits.to(tl.int32, bitcast=True) + (random & 0xFF).to(tl.int32)) & -0x100
-            bits = tl.where(master == master, bits, 0x7FC00000)
-            upper = (bits + 0x8000) >> 16
-            tl.store(weight_ptr + index, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-            tl.store(residual_ptr + index, ((bits - (upper << 16)) >> 8).to(tl.int8), mask=inside)
+            m = root * tl.abs(root) * (m_scale / 16129)[:, None]
+            m += rate1 * (grad - m)
+            m_scale = _stored_scale(tl.maximum(tl.max(tl.abs(m), axis=1), FLOOR), True)
+            y = tl.abs(m) * (16129 / m_scale)[:, None]
+            root = tl.sqrt(tl.maximum(y - 0.25, 0.0)).to(tl.int32, bitcast=True)
+            sign = m.to(tl.int32, bitcast=True) & -0x80000000
+            shifted = (root | sign).to(tl.float32, bitcast=True) + SHIFT
+            code = shifted - SHIFT
+            lost = m - code * tl.abs(code) * (m_scale / 16129)[:, None]
+            tl.store(exp_avg_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=inside)
+            tl.store(scales_ptr + row, m_scale.to(tl.bfloat16), mask=row_inside)
+
+            v = (low[:, None] + second * _code_bits(low, high)[:, None]).to(tl.float32, bitcast=True)
+            v += rate2 * (grad * grad - v)
+            greatest = tl.maximum(tl.max(tl.where(inside, v, 0.0), axis=1), FLOOR)
+            least = tl.min(tl.where(inside, v, greatest[:, None]), axis=1)
+            v_high = _stored_scale(greatest, True)
+            v_low = _stored_scale(tl.maximum(tl.maximum(least, v_high * RANGE), FLOOR), False)
+            tl.store(low_ptr + row, v_low.to(tl.bfloat16), mask=row_inside)
+            tl.store(high_ptr + row, v_high.to(tl.bfloat16), mask=row_inside)
+            low = v_low.to(tl.int32, bitcast=True)
+            code_bits = tl.maximum(_code_bits(low, v_high.to(tl.int32, bitcast=True)), 1).to(tl.float32)
+            y = tl.maximum(v.to(tl.int32, bitcast=True) - low[:, None], 0).to(tl.float32)  # v is not negative
+            random = _few_mixed((index.to(tl.uint32) + number) ^ key)
+            fraction = ((random & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+            shifted = tl.minimum(y * (1 / code_bits)[:, None] + fraction + SHIFT, SHIFT + 255)
+            tl.store(exp_avg_sq_ptr + index, shifted.to(tl.int32, bitcast=True).to(tl.uint8), mask=inside)
+
+            deviation = tl.sqrt(v) * root_bias2 + eps
+            update = (m * by_m + lost * by_lost) * tl.rsqrt(deviation * deviation)  # cheaper than a division
+            if residual_ptr is None:
+                tl.store(weight_ptr + index, stored * keep - update, mask=inside)
+            else:
+                bits = (stored.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (residual << 8)
+                master = bits.to(tl.float32, bitcast=True) * keep - update
+                # NaN, whose bits the GPU makes the greatest number, would run over
+                bits = tl.minimum(master.to(tl.int32, bitcast=True), 0x7FC00000) + (random >> 24).to(tl.int32)
+                upper = (bits + 0x8000) >> 16
+                tl.store(weight_ptr + index, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+                tl.store(residual_ptr + index, (bits >> 8).to(tl.int8), mask=inside)

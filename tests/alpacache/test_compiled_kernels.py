@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import alpacache  # noqa: E402
-from alpacache.gpu import checksum  # noqa: E402
+from alpacache.gpu import checksum, squares  # noqa: E402
 from alpacache.prefix import attention_kernels, encode_kernels, layered, transform_kernels  # noqa: E402
 from alpacache.prefix.calibration import KVSample, calibrate  # noqa: E402
 from alpacache.prefix.codecs import tensor_codec  # noqa: E402
@@ -155,7 +155,8 @@ def update(dtype, count, first=0):
     hyper = adamw8_update.Hyperparameters(betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
     part = slice(first, count)
     shard = state.shard(part) if first else state
-    adamw8_update.update_triton(weight[part], weight[part], shard, scalars, hyper)
+    one = adamw8_update.Part(weight=weight[part], grad=weight[part], state=shard)
+    adamw8_update.TritonUpdates(weight.device, one_by_one=False)({"w": one}, scalars, hyper, lambda name: None)
 
 
 def launches(monkeypatch, multiprocessors):
@@ -176,6 +177,8 @@ def launches(monkeypatch, multiprocessors):
         table = checksum.ChunkTable.build(chunks, device=cpu, programs=3)
         checksum.check_rows(torch.zeros(2, 1024, dtype=torch.uint8), table, torch.zeros(2, dtype=torch.int32))
         for dtype in (torch.bfloat16, torch.float32):
+            for whole in (True, False):
+                squares.SquareSum(cpu).partial_sums((dtype, whole), [torch.empty(8192, dtype=dtype)])
             update(dtype, 2048 * 4096)
             update(dtype, 2049)
             update(dtype, 2048 * 4, first=4096)

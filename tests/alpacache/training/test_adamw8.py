@@ -29,10 +29,11 @@ import sys, torch
 from collections import Counter
 from dataclasses import replace
 from adamw8_reference import join, update_reference
-from alpacache.training.adamw8_update import GROUP, Hyperparameters, Moments, Scalars, update_triton
+from alpacache.training.adamw8_update import GROUP, Hyperparameters, Moments, Part, Scalars, TritonUpdates
 
 hyper = Hyperparameters(betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
 device, share, lr = sys.argv[1], float(sys.argv[2]), 1e-3
+update = TritonUpdates(torch.device(device), one_by_one=False)
 off, seen = Counter(), Counter()
 
 def compare(key, got, expected):
@@ -59,7 +60,7 @@ for shape in ((40, 100), (2,), (3, 1024)):
             ours = theirs.to(device, copy=True)
             state = replace(other, **{key: t.to(device, copy=True) for key, t in other.tensors().items()})
             before = [t.clone() for t in (ours, *state.tensors().values())]
-            update_triton(ours, grad.to(device), state, there, hyper)
+            update({"w": Part(weight=ours, grad=grad.to(device), state=state)}, there, hyper, lambda name: None)
             same = all(torch.equal(a, b) for a, b in zip(before, (ours, *state.tensors().values())))
             assert same == (step == 5), f"step {step}"
             update_reference(theirs, grad, other, Scalars(**values), hyper)
@@ -82,27 +83,44 @@ for shape in ((40, 100), (2,), (3, 1024)):
         assert (theirs - start).abs().max() > 1e-4
 assert all(off[key] <= share * seen[key] for key in seen), (off, seen)
 
-# In two shards: every bit as at once.
-for dtype in (torch.bfloat16, torch.float32):
-    start = (0.02 * torch.randn(5, 2048, device=device)).to(dtype)
-    scalars = Scalars(
-        lr=torch.tensor(lr, device=device),
-        scale=torch.tensor(1.0, device=device),
-        skip=torch.tensor(False, device=device),
-        step=torch.tensor(3, device=device),
-        bias=1 - torch.tensor(hyper.betas, dtype=torch.float64, device=device) ** 3,
-    )
-    found = []
-    for cuts in ((0, 10240), (0, 4096, 10240)):
-        weight, state = start.clone(), Moments.empty("w", start)
-        torch.manual_seed(1)
-        for _ in range(2):
-            grad = torch.randn_like(start)
-            for first, end in zip(cuts, cuts[1:]):
-                cut = slice(first, end)
-                update_triton(weight.view(-1)[cut], grad.view(-1)[cut], state.shard(cut), scalars, hyper)
-        found.append([weight, *state.tensors().values()])
-    assert all(torch.equal(one, other) for one, other in zip(*found)), dtype
+# In shards, and beside other parameters in one kernel: every bit as alone.
+scalars = Scalars(
+    lr=torch.tensor(lr, device=device),
+    scale=torch.tensor(1.0, device=device),
+    skip=torch.tensor(False, device=device),
+    step=torch.tensor(3, device=device),
+    bias=1 - torch.tensor(hyper.betas, dtype=torch.float64, device=device) ** 3,
+)
+starts = {
+    (name, dtype): (0.02 * torch.randn(shape, device=device)).to(dtype)
+    for name, shape in (("large", (9, 2048)), ("odd", (1, 1300)), ("small", (1, 6)), ("other", (2, 4096)))
+    for dtype in (torch.bfloat16, torch.float32)
+}
+
+def updated_with(cuts, together):
+    torch.manual_seed(1)
+    states = {key: Moments.empty(key[0], start) for key, start in starts.items()}
+    weights = {key: start.clone() for key, start in starts.items()}
+    update, names = TritonUpdates(torch.device(device), one_by_one=not together), []
+    for _ in range(2):
+        parts = {}
+        for key, weight in weights.items():
+            grad = torch.randn_like(weight)
+            ends = [*(cut for cut in cuts if cut < weight.numel()), weight.numel()]
+            for first, end in zip([0, *ends], ends):
+                cut, state = slice(first, end), states[key]
+                state = state.shard(cut) if len(ends) > 1 else state
+                parts[f"{key} {first}"] = Part(weight=weight.view(-1)[cut], grad=grad.view(-1)[cut], state=state)
+        alike = [parts] if together else [{name: part} for name, part in parts.items()]
+        for some in alike:
+            update(some, scalars, hyper, names.append)
+    assert sorted(names) == sorted([*parts, *parts])
+    return [t for key in starts for t in (weights[key], *states[key].tensors().values())]
+
+alone = updated_with((), False)
+assert not torch.equal(alone[0], starts["large", torch.bfloat16])
+for cuts, together in (((), True), ((4096,), False), ((1024, 4096), True)):
+    assert all(torch.equal(one, other) for one, other in zip(alone, updated_with(cuts, together))), (cuts, together)
 """
 
 
@@ -200,12 +218,12 @@ def test_master_keeps_24_bits_and_the_extremes():
     split(values, torch.full_like(values, 255, dtype=torch.int32), weight, residual)
     assert torch.equal(join(weight, residual), values)
     assert ((weight.float() - values).abs() <= (values.bfloat16().float() - values).abs()).all()
-    greatest = torch.finfo(torch.bfloat16).max
+    infinite = float("inf")
     odd = torch.tensor([float("inf"), -float("inf"), float("nan"), torch.finfo(torch.float32).max, 0.0, -0.0])
     odd = torch.cat([odd, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)])
     weight, residual = torch.empty(8, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int8)
     split(odd, torch.full((8,), 255), weight, residual)
-    expected = torch.tensor([greatest, -greatest, float("nan"), greatest, 0.0, 0.0, float("nan"), float("nan")])
+    expected = torch.tensor([infinite, -infinite, float("nan"), infinite, 0.0, 0.0, float("nan"), float("nan")])
     torch.testing.assert_close(weight.float(), expected, rtol=0, atol=0, equal_nan=True)
 
 

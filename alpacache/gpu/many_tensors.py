@@ -1,0 +1,75 @@
+"""Many tensors as the operands of one kernel: where each begins, and which stretch of which one a program works on.
+
+A kernel for each of 409 parameters leaves a gap when it ends; one for all of them leaves one gap. Addresses go to the
+GPU as numbers, in multiples of the element's size from the first tensor's address, so that a kernel gets an ordinary
+pointer and adds to it.
+"""
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alpacache.gpu.host_memory import page_aligned, page_lock, page_rounded, page_unlock
+
+ALIGNED = 16
+"""Elements: offsets that are multiples of it can be read 16 bytes at a time, whatever their type."""
+
+
+def offsets(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+    """Where each tensor begins, in elements from the first one's beginning; all have one dtype."""
+    addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+    places: NDArray[np.int64] = (addresses - addresses[0]) // tensors[0].element_size()
+    return places
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a kernel may read it 16 bytes at a time, and offsets between such tensors are multiples of `ALIGNED`."""
+    return tensor.data_ptr() % (ALIGNED * tensor.element_size()) == 0
+
+
+def stretches(sizes: Sequence[int], most: int) -> NDArray[np.int32]:
+    """`[stretches, 2]`: number and first unit of pieces of at most so many units, of things that have so many units."""
+    firsts = [np.arange(0, size, most, dtype=np.int32) for size in sizes]
+    numbers = np.repeat(np.arange(len(sizes), dtype=np.int32), [len(first) for first in firsts])
+    return np.stack([numbers, np.concatenate(firsts)], axis=1)
+
+
+class AddressTable:
+    """Numbers in device memory that are set without waiting for the device, in a graph's capture, too.
+
+    A replayed graph finds what it was captured with; of several graphs only the one captured last does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._there = torch.empty(0, dtype=torch.int64, device=device)
+        self._given: NDArray[np.int64] | None = None
+        """What is there; None where a graph may have put its own."""
+        self._host: NDArray[np.int64] | None = None
+        """Page-locked: a captured graph copies from it."""
+        self._captured = False
+
+    def put(self, rows: NDArray[np.int64]) -> Tensor:
+        """The numbers on the device. In a capture they have the shape of those that were put before."""
+        if self._there.shape != rows.shape:
+            self._there, self._given = torch.empty(rows.shape, dtype=torch.int64, device=self._device), None
+            if self._device.type == "cuda":
+                self._host = self._page_locked(rows.shape)
+        if self._host is not None and torch.cuda.is_current_stream_capturing():
+            self._host[:], self._captured = rows, True
+            self._there.copy_(torch.from_numpy(self._host), non_blocking=True)
+        elif self._captured or self._given is None or not np.array_equal(self._given, rows):
+            # from ordinary memory: so few bytes are taken before the call returns
+            self._there.copy_(torch.from_numpy(rows), non_blocking=True)
+            self._given = rows
+        return self._there
+
+    def _page_locked(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
+        memory = page_aligned(page_rounded(8 * int(np.prod(shape))))
+        page_lock(memory)
+        weakref.finalize(self, page_unlock, memory).atexit = False
+        return memory[: 8 * int(np.prod(shape))].view(np.int64).reshape(shape)
