@@ -61,7 +61,7 @@ class Plan:
     streamed_calls: int
 
 
-FULL = Plan(small=False, cameras=(1, 4), picture=(1080, 1920), warm_ups=4, calls=50, public_calls=15, streamed_calls=8)
+FULL = Plan(small=False, cameras=(1, 4), picture=(1080, 1920), warm_ups=4, calls=40, public_calls=10, streamed_calls=8)
 QUICK = Plan(small=True, cameras=(1,), picture=(320, 576), warm_ups=1, calls=3, public_calls=2, streamed_calls=2)
 
 
@@ -280,10 +280,9 @@ def main() -> None:
     budget = options.budget_gib if options.budget_gib is not None else (0.04 if options.quick else 12.0)
     try:
         call(prepare, plan, work)
+        streamed = call(driver_rows, plan, work, options.paths, budget) if budget else []
         public = call(public_rows, plan, work, options.paths)
-        rows = [*public, *call(driver_rows, plan, work, options.paths, None)]
-        if budget:
-            rows += call(driver_rows, plan, work, options.paths, budget)
+        rows = [*public, *call(driver_rows, plan, work, options.paths, None), *streamed]
     finally:
         if options.work is None:
             shutil.rmtree(root)

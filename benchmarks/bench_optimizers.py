@@ -1,7 +1,8 @@
 """Optimizers of stage two: time and memory of a step at full size, and how far rounding takes the weights.
 
 Speed: the expert's 2.28 B bf16 parameters, gradients present, eager and as a replayed CUDA graph; each row says its
-time over that of the fused bf16 AdamW. Quality: distance of the weights (masters, where there are some) to those of a
+time over that of the fused bf16 AdamW. `norm` is the sum of the gradients' squares in a graph, torch's and ours, whose
+row says its time over torch's. Quality: distance of the weights (masters, where there are some) to those of a
 float32 AdamW after 300 noisy steps, in percent of the way that one went. Gradients are noise plus a drift of 0.3 of it,
 `even` all of one size, `uneven` of log-normal sizes with one channel in 64 thirty times larger. `--quick` measures
 quality alone, smaller and on the CPU with the reference of adamw8. flashoptim is measured where it is installed.
@@ -18,6 +19,7 @@ from adamw8_reference import ReferenceAdamW8, join
 from benchmark_report import arguments, finish, hardware_name
 from torch import Tensor, nn
 
+from alpacache.gpu.squares import SquareSum
 from alpacache.training.adamw8 import AdamW8
 from alpacache.training.adamw8_update import Hyperparameters
 from alpacache.training.optimizers import make_optimizer
@@ -111,6 +113,26 @@ def measure_speed(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     yield row | {"mode": "captured", "step_ms": step_ms(graph.replay), "peak_gib": peak_gib()}
 
 
+def measure_norm(device: torch.device) -> list[dict[str, Any]]:
+    """Two rows: torch's norm of a list of tensors, and sums of squares by one kernel."""
+    grads = [grad for parameter in full_size_parameters(device).values() if (grad := parameter.grad) is not None]
+    sums = SquareSum(device)
+    ways = {
+        "torch": lambda: torch.stack(torch._foreach_norm(grads, 2, torch.float32)).square().sum(),
+        "squares": lambda: sums(grads),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, way in ways.items():
+        way()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            way()
+        rows.append({"part": "norm", "optimizer": name, "mode": "captured", "step_ms": step_ms(graph.replay)})
+    rows[1]["over_torch"] = rows[1]["step_ms"] / rows[0]["step_ms"]
+    return rows
+
+
 def step_ms(step: Callable[[], Any], steps: int = 20) -> float:
     """Mean over steps back to back."""
     torch.cuda.synchronize()
@@ -185,6 +207,8 @@ def main() -> None:
     for row in rows:
         if row.get("step_ms") and base[row["mode"]]:
             row["over_adamw"] = row["step_ms"] / base[row["mode"]]
+    if cuda:
+        rows += measure_norm(device)
     for kind in ("even", "uneven"):
         for lr in (1e-4, 1e-5):
             rows += measure_quality(names, kind, lr, 2**20 if cuda else 2**14, device)
