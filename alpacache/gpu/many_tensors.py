@@ -7,6 +7,7 @@ pointer and adds to it.
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,15 +52,23 @@ class AddressTable:
         """What is there; None where a graph may have put its own."""
         self._host: NDArray[np.int64] | None = None
         """Page-locked: a captured graph copies from it."""
+        self._unlock: weakref.finalize[Any, Any] | None = None
         self._captured = False
 
     def put(self, rows: NDArray[np.int64]) -> Tensor:
-        """The numbers on the device. In a capture they have the shape of those that were put before."""
+        """The numbers on the device.
+
+        Raises `RuntimeError` for another shape in a graph's capture, or behind one: the graph would copy to memory that
+        is no more.
+        """
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._there.shape != rows.shape:
-            self._there, self._given = torch.empty(rows.shape, dtype=torch.int64, device=self._device), None
-            if self._device.type == "cuda":
-                self._host = self._page_locked(rows.shape)
-        if self._host is not None and torch.cuda.is_current_stream_capturing():
+            if capturing or self._captured:
+                raise RuntimeError(
+                    f"a graph has a table {list(self._there.shape)}; it cannot become {list(rows.shape)}."
+                )
+            self._take_memory(rows.shape)
+        if capturing and self._host is not None:
             self._host[:], self._captured = rows, True
             self._there.copy_(torch.from_numpy(self._host), non_blocking=True)
         elif self._captured or self._given is None or not np.array_equal(self._given, rows):
@@ -68,8 +77,15 @@ class AddressTable:
             self._given = rows
         return self._there
 
-    def _page_locked(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
-        memory = page_aligned(page_rounded(8 * int(np.prod(shape))))
+    def _take_memory(self, shape: tuple[int, ...]) -> None:
+        self._there, self._given = torch.empty(shape, dtype=torch.int64, device=self._device), None
+        if self._device.type != "cuda":
+            return
+        if self._unlock is not None:
+            self._unlock()
+        size_bytes = self._there.nbytes
+        memory = page_aligned(page_rounded(size_bytes))
         page_lock(memory)
-        weakref.finalize(self, page_unlock, memory).atexit = False
-        return memory[: 8 * int(np.prod(shape))].view(np.int64).reshape(shape)
+        self._unlock = weakref.finalize(self, page_unlock, memory)
+        self._unlock.atexit = False
+        self._host = memory[:size_bytes].view(np.int64).reshape(shape)

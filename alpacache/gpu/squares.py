@@ -71,12 +71,12 @@ if triton is not None:
         """Sum the squares of up to TILES tiles of one tensor."""
         stretch_ptr = stretches_ptr + 2 * tl.program_id(0)
         row_ptr = table_ptr + 2 * tl.load(stretch_ptr)
-        begin = tl.load(stretch_ptr + 1)
+        begin = tl.load(stretch_ptr + 1).to(tl.int64)
         offset = tl.load(row_ptr)
         if EVEN:
             offset = tl.multiple_of(offset, 16)
         tensor_ptr += offset
-        count = tl.load(row_ptr + 1).to(tl.int32)
+        count = tl.load(row_ptr + 1)
         squares = tl.zeros([TILE], tl.float32)
         for tile in range(begin, tl.minimum(begin + TILES, tl.cdiv(count, TILE))):
             index = tile * TILE + tl.arange(0, TILE)

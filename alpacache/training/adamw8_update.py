@@ -82,6 +82,11 @@ class Moments:
                 f"adamw8 cannot train {name} ({parameter.dtype}, strides {parameter.stride()}); expected contiguous "
                 "bfloat16 or float32. Choose the optimizer adamw."
             )
+        if parameter.numel() >= 2**31:
+            raise UsageError(
+                f"adamw8 cannot train {name}, which has {parameter.numel():,} numbers; at most 2,147,483,647 are "
+                "possible. Choose the optimizer adamw."
+            )
         groups = math.ceil(parameter.numel() / GROUP)
         bf16 = parameter.dtype == torch.bfloat16
         return cls(

@@ -49,4 +49,6 @@ def test_a_graph_finds_what_it_was_captured_with():
     assert table.put(np.array([[5, 6]])).tolist() == [[5, 6]]
     graph.replay()
     assert found.tolist() == [[3, 4]]
+    with pytest.raises(RuntimeError, match=r"\[1, 2\]; it cannot become \[2, 2\]"):
+        table.put(np.zeros((2, 2), np.int64))
     assert table.put(np.array([[5, 6]])).tolist() == [[5, 6]]

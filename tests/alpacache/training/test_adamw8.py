@@ -289,6 +289,8 @@ def test_refuses_parameters_it_cannot_hold():
         Moments.empty("w", torch.zeros(3, dtype=torch.float16))
     with pytest.raises(UsageError, match="contiguous"):
         Moments.empty("w", torch.zeros(3, 4).T)
+    with pytest.raises(UsageError, match="2,147,483,648 numbers"):
+        Moments.empty("w", torch.empty(2**31, dtype=torch.bfloat16, device="meta"))
 
 
 @pytest.mark.ci
