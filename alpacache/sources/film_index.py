@@ -4,11 +4,12 @@ Frames are found by the film's packets, without decoding one, and held against t
 that has lost a frame would show all later ones at another one's time.
 """
 
+import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,20 +113,21 @@ class FilmIndex(NamedTuple):
         return max(time for time, place in self.order.items() if place <= needed)
 
 
-def open_film(film: Path | BinaryIO) -> Any:
-    """The film's container. Raises what PyAV does: see `refused`."""
+def open_film(film: Path | bytes) -> Any:
+    """The film's container, with a place of its own in the file or in its bytes, which are not copied.
+
+    Raises what PyAV does: see `refused`.
+    """
     import av
 
     # A dashcam's names are in any encoding. From 19 on PyAV has no such argument.
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-    if not isinstance(film, Path):
-        film.seek(0)
-    opened = str(film) if isinstance(film, Path) else film
+    opened = str(film) if isinstance(film, Path) else io.BytesIO(film)
     return av.open(opened, options={"format_whitelist": FORMATS}, **lenient)
 
 
 @contextmanager
-def refused(film: Path | BinaryIO, *, where: str) -> Iterator[None]:
+def refused(film: Path | bytes, *, where: str) -> Iterator[None]:
     """Context in which what PyAV raises over this film is a `BadClipError`."""
     import av
 
@@ -144,14 +146,13 @@ def refused(film: Path | BinaryIO, *, where: str) -> Iterator[None]:
         raise BadClipError("undecodable_video", text) from error
 
 
-def _other_container(film: Path | BinaryIO) -> str | None:
+def _other_container(film: Path | bytes) -> str | None:
     """The container that the film is in, if it is a known one that is not read."""
     if isinstance(film, Path):
         with film.open("rb") as file:
             head = file.read(512)
     else:
-        film.seek(0)
-        head = film.read(512)
+        head = film[:512]
     return next((name for mark, name in CONTAINERS.items() if re.match(mark, head, re.DOTALL)), None)
 
 

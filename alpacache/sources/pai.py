@@ -230,7 +230,7 @@ class PhysicalAiSource:
         *,
         about_px: int | None = None,
     ) -> FilmReading:
-        film = self._read_member(clip_id, camera, "video", lambda opened: BytesIO(opened.read()))
+        film = self._read_member(clip_id, camera, "video", lambda opened: opened.read())
         where = f"{clip_id}: {camera}"
         return FilmReading(film, wanted, stamps, name="the film", where=where, about_px=about_px)
 

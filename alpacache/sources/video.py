@@ -8,13 +8,13 @@ is damage, be it in a wanted frame or in one that it is predicted from.
 Samples that are read one after another share a pass of the decoder where each alone would begin at the same frame, or
 at a key frame of H.264 or H.265 before which the decoder forgets all others, and which the pass comes by anyway. A pass
 that meets damage decides nothing, as it may be in a frame that only another sample wants: the sample at hand is then
-read alone. So what a sample gets does not depend on those that are read with it.
+read alone. So what a sample gets does not depend on those that are read with it, unless the decoder misses damage.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ class FilmReading:
 
     def __init__(
         self,
-        film: Path | BinaryIO,
+        film: Path | bytes,
         wanted: Sequence[Sequence[int]],
         stamps_us: NDArray[np.int64],
         *,
@@ -45,6 +45,7 @@ class FilmReading:
     ) -> None:
         """
         Args:
+            film: a file, or all bytes of one.
             wanted: the numbers of each sample's frames, samples in the order of their times; none for one that will not
                 be read.
             stamps_us: the times (us) of all frames by their own table.
@@ -110,24 +111,22 @@ class FilmReading:
 
     def _frames(self, number: int, index: FilmIndex, *, from_start: bool) -> list[NDArray[np.uint8]] | None:
         """Frames of a sample from a pass that others share, or if that meets damage, from its own; None for damage."""
-        samples = ([index.times[frame] for frame in frames] for frames in self._wanted[number:] if len(frames))
         wanted = [index.times[frame] for frame in self._wanted[number]]
-        start = index.start(wanted, from_start=from_start)
-        begun = self._passes.get(from_start)
-        if begun is None or start not in begun.starts:
-            shared: list[Sequence[int]] = [wanted]
-            if self._shares_whole or not from_start:
+        if self._shares_whole or not from_start:
+            begun = self._passes.get(from_start)
+            if begun is None or wanted not in begun.samples:
+                samples = ([index.times[frame] for frame in frames] for frames in self._wanted[number:] if len(frames))
                 shared = list(index.together(samples, from_start=from_start))
-            begun = _Pass(*self._open(from_start=from_start), index, shared, seek=not from_start)
-            self._passes[from_start] = begun
-        later = {index.times[frame] for frame, last in self._last_use.items() if last > number}
-        frames = begun.take(wanted, later=later, picture=self._picture)
-        if frames is not None:
-            return frames
-        self._drop(from_start)
-        if begun.samples == 1:
-            return None
-        self._shares_whole = self._shares_whole and not from_start  # it is long, and would meet the same again
+                begun = _Pass(*self._open(from_start=from_start), index, shared, seek=not from_start)
+                self._passes[from_start] = begun
+            later = {index.times[frame] for frame, last in self._last_use.items() if last > number}
+            frames = begun.take(wanted, later=later, picture=self._picture)
+            if frames is not None:
+                return frames
+            self._drop(from_start)
+            if len(begun.samples) == 1:
+                return None
+            self._shares_whole = self._shares_whole and not from_start  # it is long, and would meet the same again
         try:
             alone = _Pass(*self._open(from_start=from_start), index, [wanted], seek=not from_start)
             return alone.take(wanted, later=(), picture=self._picture)
@@ -156,9 +155,9 @@ class _Pass:
         self, container: Any, stream: Any, index: FilmIndex, samples: Sequence[Sequence[int]], *, seek: bool
     ) -> None:
         """`samples` are the times of each one's frames, in order; without `seek` it begins where the container is."""
-        self.starts = sorted({index.start(times, from_start=not seek) for times in samples})
+        self.samples = samples
+        self._starts = sorted({index.start(times, from_start=not seek) for times in samples})
         """Times of the frames that its samples alone would begin at."""
-        self.samples = len(samples)
         self._index, self._seek = index, seek
         self._wanted = frozenset(time for times in samples for time in times)
         self._kept: dict[int, Any] = {}
@@ -201,7 +200,7 @@ class _Pass:
         """Frames from the start on, without some that no sample needs."""
         import av
 
-        first, coming = self.starts[0], self.starts.copy()
+        first, coming = self._starts[0], self._starts.copy()
         if self._seek:
             container.seek(first, backward=True, stream=stream)
         for frame in needed_frames(container, stream, self._wanted, self._index.last(self._wanted)):

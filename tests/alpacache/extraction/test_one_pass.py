@@ -1,8 +1,10 @@
 """Samples of one clip prepared in one pass: what each alone gives, value for value and refusal for refusal."""
 
 import dataclasses
+import io
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -153,26 +155,59 @@ def test_each_picture_is_read_and_resized_once(places, tiny_checkpoint, monkeypa
     assert len(read) == len(set(read)) == len(resized) == wanted
 
 
-def break_picture(root, number):
-    clip = next((root / "clips").iterdir())
-    if (clip / CAMERAS[1]).is_dir():
-        (clip / CAMERAS[1] / f"{number:06d}.jpg").write_bytes(b"no picture")
-        return
+def copied(kind, places, folder):
+    """A copy of a source that may be changed, and its name."""
+    place_of(kind, places)
+    root = shutil.copytree(places[0] / kind, folder / kind)
+    return root, f"{'pai' if kind == 'pai' else 'folder'}:{root}"
+
+
+def change_film(root, change):
+    """Change the bytes of the front camera's film, be it a file or the member of an archive."""
+    for file in root.rglob(f"{CAMERAS[1]}.mp4"):
+        file.write_bytes(change(file.read_bytes()))
+    for archive in root.rglob(f"{CAMERAS[1]}.chunk_0000.zip"):
+        with zipfile.ZipFile(archive) as old:
+            members = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(archive, "w") as new:
+            for name, data in members.items():
+                new.writestr(name, change(data) if name.endswith(".mp4") else data)
+
+
+def broken(data, number):
+    """A film with zeros in most of the packet at this place in it."""
     av = pytest.importorskip("av")
-    film = clip / f"{CAMERAS[1]}.mp4"
-    with av.open(str(film)) as container:
+    with av.open(io.BytesIO(data)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][number]
-    data = film.read_bytes()
     first, after = packet.pos + packet.size // 10, packet.pos + packet.size
-    film.write_bytes(data[:first] + bytes(after - first) + data[after:])
+    return data[:first] + bytes(after - first) + data[after:]
+
+
+def refreshed(data):
+    """A film as long, whose key frames but the first lack most of their picture, and which is read in many pieces."""
+    av = pytest.importorskip("av")
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    params = "intra-refresh=1:keyint=20:bframes=2:b-adapt=0:b-pyramid=none"
+    with av.open(io.BytesIO(data)) as old, av.open(file, "w", format="mp4") as new:
+        stream = new.add_stream("libx264", rate=FPS, options={"x264-params": params, "crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for frame in old.decode(video=0):
+            image = frame.to_ndarray(format="rgb24")
+            image = image // 2 + rng.integers(0, 40, image.shape, np.uint8)
+            new.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        new.mux(stream.encode())
+    return file.getvalue()
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", ["pictures", "films"])
+@pytest.mark.parametrize("kind", ["pictures", "films", "pai"])
 def test_a_damaged_picture_costs_the_samples_that_want_it(kind, places, tiny_checkpoint, tmp_path):
-    root = shutil.copytree(places[0] / kind, tmp_path / kind)
-    break_picture(root, 89)  # the front camera's last one before 3 s
-    prepare = preparation(f"folder:{root}", tiny_checkpoint)
+    root, place = copied(kind, places, tmp_path)
+    if kind == "pictures":
+        next(root.rglob(f"{CAMERAS[1]}/000089.jpg")).write_bytes(b"no picture")  # the last one before 3 s
+    else:
+        change_film(root, lambda data: broken(data, 89))
+    prepare = preparation(place, tiny_checkpoint)
     refs, _ = select(prepare._source, t0="every:0.1", samples=24, views=2)
     alone = [outcome(prepare, ref) for ref in refs]
     with prepare.one_pass(refs) as one:
@@ -181,6 +216,22 @@ def test_a_damaged_picture_costs_the_samples_that_want_it(kind, places, tiny_che
     assert 0 < len(bad) < len(refs) / 2
     if kind == "pictures":
         assert bad == [ref for ref in refs if ref.t0_us in range(3_000_000, 3_400_000, 100_000)]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("damage", [False, True], ids=["sound", "damaged"])
+@pytest.mark.parametrize("kind", ["films", "pai"])
+def test_films_that_are_read_from_their_start(kind, damage, places, tiny_checkpoint, tmp_path):
+    root, place = copied(kind, places, tmp_path)
+    change_film(root, refreshed)
+    if damage:
+        change_film(root, lambda data: broken(data, 87))  # four samples want it, and no other frame needs it
+    prepare = preparation(place, tiny_checkpoint, cameras=CAMERAS[1:])
+    refs, _ = select(prepare._source, t0="every:0.1", samples=24, views=1)
+    alone = [outcome(prepare, ref) for ref in refs]
+    assert sum(isinstance(each, tuple) for each in alone) == 4 * damage
+    with prepare.one_pass(refs) as one:
+        assert [outcome(one, ref) for ref in refs] == alone
 
 
 def test_a_moment_outside_the_film_costs_itself_alone(places, tiny_checkpoint):
@@ -195,9 +246,9 @@ def test_a_moment_outside_the_film_costs_itself_alone(places, tiny_checkpoint):
 
 @pytest.mark.ci
 def test_a_store_does_not_depend_on_how_samples_were_read(places, tiny_checkpoint, tmp_path, monkeypatch):
-    root = shutil.copytree(places[0] / "films", tmp_path / "films")
-    break_picture(root, 150)
-    settings = {"source": f"folder:{root}", "model": str(tiny_checkpoint), "device": "cpu", "t0": "every:0.4"}
+    root, place = copied("films", places, tmp_path)
+    change_film(root, lambda data: broken(data, 150))
+    settings = {"source": place, "model": str(tiny_checkpoint), "device": "cpu", "t0": "every:0.4"}
     settings |= {"frames": 2, "views": 2, "cameras": CAMERAS[1:]}
     together = alpacache.extract(ExtractConfig(**settings, store=str(tmp_path / "one"), workers=1))
     for worker in range(2):

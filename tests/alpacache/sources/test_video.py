@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alpacache.errors import BadClipError
-from alpacache.sources.film_index import index_film
+from alpacache.sources.film_index import index_film, open_film
 from alpacache.sources.video import FilmReading, needed_frames
 
 av = pytest.importorskip("av")
@@ -80,8 +80,7 @@ STAMPS = np.arange(COUNT) * 100_000
 
 def read(file, indices, stamps=STAMPS):
     """From a path, or from the bytes of a film."""
-    path = file if not isinstance(file, bytes) else io.BytesIO(file)
-    with closing(FilmReading(path, [indices], stamps, name=getattr(path, "name", "film.mp4"), where="here")) as reading:
+    with closing(FilmReading(file, [indices], stamps, name=getattr(file, "name", "film.mp4"), where="here")) as reading:
         return reading.read(0)
 
 
@@ -412,8 +411,7 @@ def outcomes(data, samples, *, together):
     found = []
     runs = [samples] if together else [[each] for each in samples]
     for run in runs:
-        file = data if not isinstance(data, bytes) else io.BytesIO(data)
-        with closing(FilmReading(file, run, STAMPS, name="film.mp4", where="here")) as reading:
+        with closing(FilmReading(data, run, STAMPS, name="film.mp4", where="here")) as reading:
             for number in range(len(run)):
                 try:
                     found.append(reading.read(number).tobytes())
@@ -452,6 +450,39 @@ def test_one_pass_through_films_without_key_frames(options, cut):
     data = film(options=options).replace(cut, b"free")
     sound = whole(data)
     assert outcomes(data, RAGGED, together=True) == [sound[chosen].tobytes() for chosen in RAGGED]
+
+
+def in_both_forms(data, folder):
+    """A film's bytes, and a file of them."""
+    (folder / "film.mp4").write_bytes(data)
+    return data, folder / "film.mp4"
+
+
+REFRESHED = {"x264-params": "intra-refresh=1:keyint=20:bframes=2:b-adapt=0:b-pyramid=none"}
+"""A film whose key frames but the first lack most of their picture; two of three frames no other is predicted from."""
+
+
+def test_passes_from_two_places_do_not_move_each_other(tmp_path):
+    """Each sample behind the first key frame is looked for there, and then read from the film's start."""
+    noise = np.random.default_rng(0).integers(0, 40, (COUNT, HEIGHT, WIDTH, 3), np.uint8)
+    options = {"x264-params": "intra-refresh=1:keyint=20:bframes=0", "crf": "10"}
+    data = film(options=options, images=[*(np.stack(scenery()) // 2 + noise)])
+    assert len(data) > 100_000  # FFmpeg reads 32 KiB at once
+    sound, samples = whole(data), [[*range(first, first + 4)] for first in range(COUNT - 3)]
+    for file in in_both_forms(data, tmp_path):
+        assert outcomes(file, samples, together=True) == [sound[chosen].tobytes() for chosen in samples]
+        packets = [container.demux(video=0) for container in (open_film(file), open_film(file))]
+        assert all(bytes(first) == bytes(second) for first, second in zip(*packets, strict=True))
+
+
+def test_damage_on_the_way_from_the_start_costs_one_sample(tmp_path):
+    """Each sample behind it is read alone from then on, however many there are."""
+    data = damaged(film(options=REFRESHED, images=scenery()), 29)  # no other frame is predicted from it
+    samples = [[first, first + 1] for first in range(0, COUNT - 1, 3)]
+    for file in in_both_forms(data, tmp_path):
+        found = outcomes(file, samples, together=True)
+        assert [number for number, each in enumerate(found) if isinstance(each, tuple)] == [9]
+        assert found == outcomes(file, samples, together=False)
 
 
 @pytest.mark.system
@@ -495,7 +526,7 @@ def test_a_pass_goes_on_behind_key_frames_that_nothing_is_predicted_across(codec
 
 def test_few_decoded_pictures_are_kept():
     samples = [[first, first + 3, first + 6, first + 9] for first in range(0, COUNT - 9, 2)]
-    with closing(FilmReading(io.BytesIO(film(options={"g": "250"})), samples, STAMPS, name="", where="")) as reading:
+    with closing(FilmReading(film(options={"g": "250"}), samples, STAMPS, name="", where="")) as reading:
         for number in range(len(samples)):
             reading.read(number)
             assert all(len(begun._kept) <= 10 for begun in reading._passes.values())
@@ -509,15 +540,16 @@ def test_few_decoded_pictures_are_kept():
     [
         {"g": "20", "x264-params": "bframes=3:b-adapt=0:scenecut=0:weightp=0"},
         {"g": "250", "x264-params": "bframes=2:b-adapt=0:scenecut=0:b-pyramid=none"},
+        REFRESHED,
     ],
-    ids=["g20", "g250"],
+    ids=["g20", "g250", "intra refresh"],
 )
-def test_a_damaged_frame_costs_the_samples_that_it_costs_alone(options, broken):
+def test_a_damaged_frame_costs_the_samples_that_it_costs_alone(options, broken, tmp_path):
     data = damaged(film(options=options, images=scenery()), broken)
     alone = outcomes(data, RAGGED, together=False)
-    assert outcomes(data, RAGGED, together=True) == alone
-    for some in (RAGGED[1::2], RAGGED[3:7]):
-        assert outcomes(data, some, together=True) == [alone[RAGGED.index(each)] for each in some]
+    for file in in_both_forms(data, tmp_path):
+        for some in (RAGGED, RAGGED[1::2], RAGGED[3:7]):
+            assert outcomes(file, some, together=True) == [alone[RAGGED.index(each)] for each in some]
 
 
 @pytest.mark.system
