@@ -79,6 +79,8 @@ class VerifyReport:
 def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore: bool = False) -> VerifyReport:
     """Check all records and the presence and size of all objects; with `deep` also every byte against its checksum.
 
+    The tables of a learnt codec are always read.
+
     What is not whole is read again, several times over some seconds, before it counts as damaged. With `repair` the
     commit records of damaged samples and all damaged records are set aside, so that the samples are absent and can be
     written again; not to be run beside another repair. What was not given out is left alone. With `restore` the samples
@@ -106,7 +108,7 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
     failures = [item for item in failures if not item.gone]  # released, or committed since the folder was listed
     suspects = [group, *bad, *failures]
     judged = [(item, *item.judge()) for item in suspects]
-    tables = _look_at_tables(storage, root, deep=deep)
+    tables = _look_at_tables(storage, root)
     repaired, refused = _repair(storage, [item for item, damaged, _ in judged if damaged]) if repair else ((), ())
     aside = list_aside(storage)
     kept = {*aside.values(), *(set(commit_keys) - tally.committed)}
@@ -128,17 +130,17 @@ def verify(path: StorePath, *, deep: bool = False, repair: bool = False, restore
     )
 
 
-def _look_at_tables(storage: Storage, root: StoreRoot, *, deep: bool) -> tuple[tuple[Damage, ...], tuple[Damage, ...]]:
-    """Check the tables of the store's codec: damage, which no repair can mend, and what is unreadable."""
+def _look_at_tables(storage: Storage, root: StoreRoot) -> tuple[tuple[Damage, ...], tuple[Damage, ...]]:
+    """Read the tables of the store's codec: damage, which no repair can mend, and what is unreadable.
+
+    Always every byte: they are one object, without which no sample decodes, and no record has their size.
+    """
     name = codec_tables.name_in(root.identity)
     if name is None:
         return (), ()
     path = codec_tables.path_of(name)
     try:
-        if deep or not storage.exists(path):
-            codec_tables.read(storage, name)
-        else:
-            storage.size_bytes(path)
+        codec_tables.read(storage, name)
     except FormatError as error:
         return (Damage(sample_id="", object=path, field="", what=str(error)),), ()
     except OSError as error:

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import random
 from collections import Counter
@@ -7,7 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from cache_store import CacheReader, FormatError, StoreNotFoundError, UnreachableStoreError, copy, verify
+from cache_store import (
+    CacheReader,
+    CacheWriter,
+    FormatError,
+    StoreNotFoundError,
+    UnreachableStoreError,
+    copy,
+    rereading,
+    verify,
+)
 from cache_store.document import MAX_DOCUMENT_BYTES
 from cache_store.storage.local_storage import LocalStorage
 
@@ -62,6 +72,24 @@ def test_damage_that_keeps_its_size_needs_deep(store) -> None:
     assert verify(store).ok
     (damage,) = verify(store, deep=True).damaged
     assert (damage.sample_id, damage.field) == ("clip/1@5#0", "hidden")
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed", "missing"])
+def test_tables_of_a_codec_are_always_read(kit, tmp_path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(rereading, "WAITS_S", (0.0,))
+    tables = b"what a calibration found"
+    name = hashlib.sha256(tables).hexdigest()
+    identity = kit.identity | {"codec_definition": {"tables_sha256": name}}
+    CacheWriter(tmp_path / "s", fields=kit.fields(), identity=identity, codec_tables=tables)
+    path = tmp_path / "s" / "codecs" / name
+    assert verify(tmp_path / "s").ok
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": tables[:-1], "emptied": b"", "changed": tables[::-1]}[damage])
+    report = verify(tmp_path / "s")
+    assert [item.object for item in report.damaged] == [f"codecs/{name}"]
+    assert not report.ok
 
 
 def test_no_store_and_a_damaged_root(store, tmp_path) -> None:
