@@ -21,11 +21,10 @@ from alpacache.config import (
     whole_number,
 )
 from alpacache.driving.cameras import FRONT_CAMERA, check_blank
-from alpacache.planning.config import MemoryBudget, StoredConfig, codec_names, known_codec_name
+from alpacache.errors import UsageError
+from alpacache.planning.config import AUTO, MemoryBudget, StoredConfig, codec_names, known_codec_name
 from alpacache.sources.config import Blank, Cameras, Frames, Moments, SamplesConfig, Side
 
-AUTO = "auto:"
-"""Begins the name of a codec that is to be chosen: `auto:2%` is the smallest within that error of the velocity."""
 TRIED = (
     "int8",
     "fp8",
@@ -54,12 +53,22 @@ def most_velocity_error(name: str) -> float | None:
 
 
 def _known_or_chosen(written: Any) -> Any:
-    if most_velocity_error(str(written)) is not None:
-        return written
+    if (most := most_velocity_error(str(written))) is not None:
+        return f"{AUTO}{100 * most:.12g}%"
     try:
         return known_codec_name(written)
     except ValueError as error:
         raise ValueError(f"{error} or auto:PERCENT%") from None
+
+
+_SEVERAL = "names of codecs, as in int8,transform:2"
+
+
+def _codec_of_several(written: Any) -> Any:
+    try:
+        return known_codec_name(written)
+    except ValueError as error:
+        raise UsageError(f"codecs has {written!r}; expected {_SEVERAL}, each {error}.") from None
 
 
 _Codec = Annotated[
@@ -149,7 +158,7 @@ class CodecsConfig(Config):
     """Hub id or directory of an Alpamayo checkpoint, whose expert judges."""
     codecs: Annotated[
         Annotated[tuple[str, ...], MinLen(1)] | None,
-        parts(known_codec_name, "NAME,...", expected="names of codecs, as in int8,transform:2"),
+        parts(_codec_of_several, "NAME,...", expected=_SEVERAL),
     ] = None
     """Codecs to try. Default: int8, fp8, int5, int4, and transform from 6 bits a value down to 1."""
     samples: Count = 48

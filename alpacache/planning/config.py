@@ -42,12 +42,17 @@ def codec_names() -> list[str]:
     return ["bf16", *CODECS]
 
 
-def known_codec_name(written: Any) -> Any:
-    """The same name. Raises `ValueError` with what is allowed for one of no codec."""
-    from cache_store import codec_named
+AUTO = "auto:"
+"""Begins the name of a codec that is to be chosen: `auto:2%` is the smallest within that error of the velocity."""
 
-    codec_named(str(written))
-    return written
+
+def known_codec_name(written: Any) -> Any:
+    """The name that stores have of this codec. Raises `ValueError` with what is allowed for one of no codec."""
+    from cache_store.kv.registry import codec_name
+
+    if str(written).startswith(AUTO):
+        raise ValueError("a codec's name, as `alpacache codecs` finds beforehand for auto:PERCENT%")
+    return codec_name(str(written))
 
 
 Codec = Annotated[str, Written(metavar=lambda: "|".join([*codec_names(), "transform:RATE"]), read=known_codec_name)]

@@ -64,6 +64,8 @@ class KVCodec(ABC):
 
     def check_size(self, size: tuple[int, ...], shape: tuple[int, ...]) -> None:
         """`ValueError` unless an array of this size can be the encoded bytes of a sample of this shape."""
-        expected = self.encoded_bytes(shape)
-        if len(size) != 1 or size[0] > expected or size[0] < self.least_bytes(shape):
-            raise ValueError(f"{list(shape)} takes {expected} bytes in this codec, got {list(size)}.")
+        most = self.encoded_bytes(shape)
+        least = self.least_bytes(shape)
+        if len(size) != 1 or not least <= size[0] <= most:
+            takes = f"{most}" if least == most else f"from {least} to {most}"
+            raise ValueError(f"{list(shape)} takes {takes} bytes in this codec, got {list(size)}.")

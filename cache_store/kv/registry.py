@@ -36,6 +36,15 @@ def codec_named(name: str) -> KVCodec | None:
     return found
 
 
+def codec_name(written: str) -> str:
+    """The name that stores have of a codec that is called so: `transform:2` for `transform:2.0` too.
+
+    Raises `ValueError` with what is allowed for a name of no codec.
+    """
+    codec = codec_named(written)
+    return codec.name if isinstance(codec, TransformCodec) else written
+
+
 def codec_from_json(document: Any, where: str, read_tables: Callable[[str], bytes] | None = None) -> KVCodec:
     """The codec of an untrusted document, such as a store's identity holds; `FormatError` names `where` it stands.
 

@@ -264,12 +264,17 @@ class TransformCodec(LearntCodec):
 
         Raises `ValueError` with what is allowed for a rate out of bounds.
         """
-        found = re.fullmatch(r"transform:([0-9]{1,2}(?:\.[0-9]{1,2})?)", name)
-        if found is None:
+        kind, _, rate = name.partition(":")
+        if kind != cls.kind:
             return None
-        if not RATES[0] <= float(found[1]) <= RATES[1]:
-            raise ValueError(f"transform:RATE with {RATES[0]} to {RATES[1]:g} bits a value")
-        return cls(float(found[1]))
+        if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,2})?", rate) or not RATES[0] <= float(rate) <= RATES[1]:
+            raise ValueError(f"transform:RATE with {RATES[0]} to {RATES[1]:g} bits a value, to two decimals")
+        return cls(float(rate))
+
+    @property
+    def name(self) -> str:
+        """The one name of a rate: `transform:2` of `transform:2.0` too."""
+        return f"{self.kind}:{self.rate:g}"
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "version": _VERSION, "rate": self.rate, "tables_sha256": self.sha256}

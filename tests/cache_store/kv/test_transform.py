@@ -6,6 +6,7 @@ import pytest
 
 from cache_store import CODECS, FormatError, TransformCodec, codec_from_json, codec_named
 from cache_store.kv.layered import from_bfloat16, to_bfloat16
+from cache_store.kv.registry import codec_name
 from cache_store.kv.transform import SIZES, SYMBOLS, TOTAL, TransformGroup, TransformTables
 
 LAYERS, HEADS, CHANNELS = 3, 2, 8
@@ -153,6 +154,9 @@ def test_streams_that_do_not_decode_are_refused() -> None:
     for wrong in (good[:-1], good[: sections.words - 4], good[:0], good[: sections.ends]):
         with pytest.raises(ValueError, match=r"takes at least|beyond their bytes|takes .* bytes"):
             codec.decode(wrong, bits.shape)
+    least = codec.sections(bits.shape).words
+    with pytest.raises(ValueError, match=f"takes from {least} to {least + 2 * bits.size} bytes in this codec, got"):
+        codec.check_size((least - 1,), bits.shape)
     with pytest.raises(ValueError, match="takes"):
         codec.decode(np.append(good, np.zeros(10**5, np.uint8)), bits.shape)
     with pytest.raises(ValueError, match="calibrated for"):
@@ -237,6 +241,18 @@ def test_names_and_documents() -> None:
         "int9",
     ):
         with pytest.raises(ValueError, match="transform:RATE"):
+            codec_named(name)
+    for written in ("transform:2", "transform:2.0", "transform:02", "transform:2.00"):
+        assert codec_name(written) == "transform:2"
+    assert [codec_name(each) for each in ("bf16", "int8", "transform:12", "transform:2.50", "transform:0.75")] == [
+        "bf16",
+        "int8",
+        "transform:12",
+        "transform:2.5",
+        "transform:0.75",
+    ]
+    for name in ("transform:0.1", "transform:123", "transform:2.225"):
+        with pytest.raises(ValueError, match=r"0\.5 to 12 bits a value, to two decimals"):
             codec_named(name)
     codec = make_codec()
     document, data = codec.to_json(), codec.calibrated.to_bytes()
