@@ -31,7 +31,7 @@ def codecs(config: CodecsConfig, json: bool) -> None:
         return
     title = (
         f"{report.model} on {report.judged_on} samples of {report.input}, {report.draws} draws each; "
-        f"learnt from {report.learnt_from}"
+        f"learnt from {'the same' if report.learnt_from == report.judged_on else report.learnt_from}"
     )
     heads = ["codec", "KV MB", "bits", "velocity", "worst sample", "loss", "gradient", "cosine", "tables MB"]
     rows = [["bfloat16 again", *_cells(report.rounding), ""]]

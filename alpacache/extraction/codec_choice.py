@@ -9,17 +9,19 @@ from typing import Any
 import torch
 
 from alpacache.alpamayo import Checkpoint
-from alpacache.cached_samples.features import stored_layers
+from alpacache.alpamayo.family import EXPERT_PARTS
+from alpacache.cached_samples.features import KV_SHAPE, stored_layers
 from alpacache.cached_samples.identity import CHOICE, codec_for, store_codec
 from alpacache.errors import UsageError
 from alpacache.extraction.codec_errors import DRAWS
 from alpacache.extraction.codec_learning import WholeSample, learn_from
-from alpacache.extraction.codec_trial import split_samples, try_codecs
+from alpacache.extraction.codec_trial import JUDGED_OF, split_samples, try_codecs
 from alpacache.extraction.config import TRIED, most_velocity_error
 from alpacache.layer_choice import layers_text
 from alpacache.prefix.codecs import forget_tables
 from alpacache.progress import OnNote
 from cache_store import KVCodec, LearntCodec
+from cache_store.kv.registry import codec_name
 from cache_store.writer import stored_identity, stored_provenance
 
 CALIBRATION_SAMPLES = 32
@@ -59,7 +61,7 @@ def known_codec(
 
     One that is yet to be learnt has no tables; None for one that is yet to be chosen. Raises `UsageError` where the
     other store's is not for this model, or is another codec than asked for, and where a store is there whose codec was
-    not chosen as it is asked for now.
+    not chosen as it is asked for now, or is not the other store's.
     """
     if most_velocity_error(name) is not None:
         if layers is not None:
@@ -68,40 +70,76 @@ def known_codec(
                 "stores some; name a codec."
             )
         if stored is not None:
-            return _chosen_before(name, stored, "the store", store)
+            _check_same_codec(stored, codec_from, store)
+            return _chosen_before(name, stored, "--store", store, checkpoint)
         if codec_from is None:
             return None
         theirs = _identity_of(codec_from, name)
-        chosen = _chosen_before(name, theirs, f"--codec-from {codec_from}: that store", codec_from)
-        if not isinstance(chosen.codec, LearntCodec):
-            return chosen
-        return replace(chosen, codec=_their_codec(chosen.name, codec_from, checkpoint, layers))
+        _check_same_vlm(theirs, codec_from, checkpoint, layers)
+        return _chosen_before(name, theirs, "--codec-from", codec_from, checkpoint)
     codec = codec_for(name, layers)
     if not isinstance(codec, LearntCodec):
         if codec_from is not None:
             raise UsageError(
                 f"--codec-from {codec_from} goes with --codec transform:RATE, whose tables it takes; --codec is {name}."
             )
-    elif stored is not None and stored.get("codec") == name:
-        codec = store_codec(stored, store=store)
+    elif stored is not None and _same_name(stored, name):
+        _check_same_codec(stored, codec_from, store)
+        return ChosenCodec(name=str(stored["codec"]), codec=store_codec(stored, store=store))
     elif codec_from is not None:
-        codec = _their_codec(name, codec_from, checkpoint, layers)
+        return _their_codec(name, codec_from, checkpoint, layers)
     return ChosenCodec(name=name, codec=codec)
 
 
-def _chosen_before(asked: str, identity: Mapping[str, Any], whose: str, store: str) -> ChosenCodec:
-    """The codec of a store that was chosen as it is asked for now. Raises `UsageError` where it was not."""
+def _same_name(identity: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a store's codec has this name; earlier versions wrote `transform:2.0` as it was given."""
+    try:
+        return codec_name(str(identity.get("codec"))) == name
+    except ValueError:  # of a later version
+        return False
+
+
+def _check_same_codec(stored: Mapping[str, Any], codec_from: str | None, store: str) -> None:
+    """Raise `UsageError` where the store that is there has another codec, or other tables, than the other one."""
+    if codec_from is None:
+        return
+    theirs = stored_identity(codec_from)
+    if theirs is None or stored.get("codec_definition") != theirs.get("codec_definition"):
+        what = "there is no store" if theirs is None else "its codec or tables are others"
+        raise UsageError(
+            f"--codec-from {codec_from}: {what}, and the store {store} has its own; leave --codec-from out to go on "
+            "with that, or pass another --store."
+        )
+
+
+def _chosen_before(
+    asked: str, identity: Mapping[str, Any], option: str, store: str, checkpoint: Checkpoint
+) -> ChosenCodec:
+    """The codec of a store that was chosen as it is asked for now, by this model's expert.
+
+    `option` names the store on the command line. Raises `UsageError` where it was not.
+    """
     evidence = (stored_provenance(store) or {}).get(CHOICE)
     before = evidence.get("asked") if isinstance(evidence, Mapping) else None
     name = str(identity.get("codec"))
     if before != asked:
         how = "given by name" if before is None else f"chosen by --codec {before}"
         raise UsageError(
-            f"{whose} has the codec {name}, {how}; pass --codec {before or name}, or another --store for --codec "
-            f"{asked}."
+            f"{option} {store} has the codec {name}, {how}; pass --codec {before or name}, or another {option} for "
+            f"--codec {asked}."
         )
     assert isinstance(evidence, Mapping)
-    return ChosenCodec(name=name, codec=store_codec(identity, store=store), evidence=evidence)
+    codec = store_codec(identity, store=store)
+    expert, mine = evidence.get("expert_sha256"), checkpoint.fingerprint(*EXPERT_PARTS)
+    if expert != mine and _vlm_weights(identity) == checkpoint.vlm_fingerprint():  # another VLM is told of by `open`
+        by = f"another expert (weights {str(expert)[:12]}, this one's are {mine[:12]})"
+        by = "an expert that it does not name, as of an earlier version" if expert is None else by
+        alone = option == "--codec-from" and not isinstance(codec, LearntCodec)
+        raise UsageError(
+            f"{option} {store} has the codec {name}, which --codec {asked} chose by {by}; pass --codec {name}"
+            f"{' without --codec-from' if alone else ''} to take it all the same, or another {option}."
+        )
+    return ChosenCodec(name=name, codec=codec, evidence=evidence)
 
 
 def _identity_of(codec_from: str, name: str) -> Mapping[str, Any]:
@@ -111,22 +149,27 @@ def _identity_of(codec_from: str, name: str) -> Mapping[str, Any]:
     return theirs
 
 
-def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Sequence[int] | None) -> LearntCodec:
+def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Sequence[int] | None) -> ChosenCodec:
     """The codec of another store. Raises `UsageError` where it is another, or was learnt from another model."""
     theirs = _identity_of(codec_from, name)
-    if theirs.get("codec") != name:
+    if not _same_name(theirs, name):
         raise UsageError(
             f"--codec-from {codec_from}: that store's codec is {theirs.get('codec')}, not {name}; pass --codec "
             f"{theirs.get('codec')}, or another store."
         )
-    found = store_codec(theirs, store=codec_from)
-    assert isinstance(found, LearntCodec)
-    mine, model = checkpoint.vlm_fingerprint(), theirs.get("model")
-    weights = model.get("vlm_weights_sha256") if isinstance(model, Mapping) else None
+    _check_same_vlm(theirs, codec_from, checkpoint, layers)
+    return ChosenCodec(name=str(theirs["codec"]), codec=store_codec(theirs, store=codec_from))
+
+
+def _check_same_vlm(
+    theirs: Mapping[str, Any], codec_from: str, checkpoint: Checkpoint, layers: Sequence[int] | None
+) -> None:
+    """Raise `UsageError` where the codec of another store is of another VLM, or of other layers of it."""
+    weights, mine = _vlm_weights(theirs), checkpoint.vlm_fingerprint()
     if weights != mine:
         raise UsageError(
-            f"--codec-from {codec_from}: its codec was learnt from another VLM (weights {str(weights)[:12]}, this "
-            f"one's are {mine[:12]}); leave --codec-from out to learn one from these samples."
+            f"--codec-from {codec_from}: its codec was learnt or chosen for another VLM (weights {str(weights)[:12]}, "
+            f"this one's are {mine[:12]}); leave --codec-from out to find one by these samples."
         )
     if (held := stored_layers(theirs)) != (None if layers is None else tuple(layers)):
         said = ["all" if each is None else layers_text(each) for each in (held, layers)]
@@ -134,7 +177,11 @@ def _their_codec(name: str, codec_from: str, checkpoint: Checkpoint, layers: Seq
             f"--codec-from {codec_from}: its codec is for layers {said[0]} of the VLM, this run stores {said[1]}; pass "
             "the same --layers, or another store."
         )
-    return found
+
+
+def _vlm_weights(identity: Mapping[str, Any]) -> object:
+    model = identity.get("model")
+    return model.get("vlm_weights_sha256") if isinstance(model, Mapping) else None
 
 
 def lacks_tables(codec: KVCodec | None) -> bool:
@@ -169,11 +216,17 @@ def new_codec(
 ) -> ChosenCodec:
     """The codec of a new store: with tables that are learnt from these samples, and chosen if it is None.
 
-    `selected`: number of samples that these are of. Nothing is written. Raises `UsageError` where they are none, have
-    too few tokens, or no codec is as good as asked.
+    `selected`: number of samples that these are of. Nothing is written. Raises `UsageError` where they are none, or
+    too few to judge on others than were learnt from, have too few tokens, or no codec is as good as asked.
     """
     if not samples:
         raise UsageError(f"none of the {selected} samples can be read, so the codec has nothing to be learnt from.")
+    if codec is None and len(samples) < JUDGED_OF:
+        raise UsageError(
+            f"--codec {asked}: {len(samples)} of the {selected} samples can be read, and a choice needs {JUDGED_OF}: "
+            "codecs are learnt from two of three samples and judged on the third. Begin the store with more, or name a "
+            "codec."
+        )
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if codec is None:
@@ -223,6 +276,7 @@ def chosen_codec(
         "learnt_from": len(learnt),
         "judged_on": len(judged),
         "draws": DRAWS,
+        "expert_sha256": checkpoint.fingerprint(*EXPERT_PARTS),
     }
     codec = found[name].codec
     on_note(
@@ -248,29 +302,37 @@ def _tell_learnt(codec: LearntCodec, samples: Sequence[WholeSample], on_note: On
         )
 
 
-def longer_than_learnt(codec: KVCodec | None, arrays: Mapping[str, Any]) -> float | None:
-    """Ratio of a sample's bytes to those that its codec was learnt for; None where it is as it should be."""
-    shape = arrays.get("kv_shape")
-    if not isinstance(codec, LearntCodec) or shape is None:
-        return None
-    expected = codec.expected_bytes(tuple(int(n) for n in shape))
-    ratio = len(arrays["kv"]) / max(1, expected)
-    return ratio if ratio > _LONGER else None
+_UNLIKE = {
+    "": "%d of %d samples take more than %g times the %g bits a value that the codec was learnt for (most: %s, %.1f "
+    "bits): they are unlike the samples it was learnt from. Their error is within the same bound; another store, with "
+    "a codec learnt from such samples, would be smaller.",
+    "tail.": "%d of %d samples have tails that take more than %g times the %g bits a value that the codec was learnt "
+    "for (most: %s, %.1f bits): it is learnt from prefixes alone. Their error is within the same bound.",
+}
+"""What is said where prefixes, or all tails of a sample, take more bytes; by how names of their fields begin."""
 
 
-def warn_of(longer: Mapping[str, float], codec: KVCodec | None, extracted: int) -> None:
-    """Say which samples are unlike those that the codec was learnt from."""
-    if not longer or not isinstance(codec, LearntCodec):
+def longer_than_learnt(codec: KVCodec | None, arrays: Mapping[str, Any]) -> dict[str, float]:
+    """Ratio of a sample's bytes to those that its codec was learnt for, where it is not as it should be.
+
+    Of the prefix as `""`, of all tails together as `tail.`.
+    """
+    if not isinstance(codec, LearntCodec):
+        return {}
+    used, expected = dict.fromkeys(_UNLIKE, 0), dict.fromkeys(_UNLIKE, 0)
+    for name, shape in arrays.items():
+        if name.endswith(KV_SHAPE):
+            part = "" if name == KV_SHAPE else "tail."
+            used[part] += len(arrays[name.removesuffix("_shape")])
+            expected[part] += codec.expected_bytes(tuple(int(n) for n in shape))
+    return {part: used[part] / expected[part] for part in _UNLIKE if used[part] > _LONGER * expected[part]}
+
+
+def warn_of(longer: Mapping[str, Mapping[str, float]], codec: KVCodec | None, extracted: int) -> None:
+    """Say which samples, by their ids, are unlike those that the codec was learnt from, in prefix or tails."""
+    if not isinstance(codec, LearntCodec):
         return
-    worst = max(longer, key=longer.__getitem__)
-    _log.warning(
-        "%d of %d samples take more than %g times the %g bits a value that the codec was learnt for (most: %s, %.1f "
-        "bits): they are unlike the samples it was learnt from. Their error is within the same bound; another store, "
-        "with a codec learnt from such samples, would be smaller.",
-        len(longer),
-        extracted,
-        _LONGER,
-        codec.rate,
-        worst,
-        longer[worst] * codec.rate,
-    )
+    for part, times in longer.items():
+        worst = max(times, key=times.__getitem__)
+        bits = times[worst] * codec.rate
+        _log.warning(_UNLIKE[part], len(times), extracted, _LONGER, codec.rate, worst, bits)

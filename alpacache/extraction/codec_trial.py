@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 TRIAL_SAMPLES = 48
 """Samples of a trial, at most, spread over the selection."""
-_JUDGED_OF = 3
+JUDGED_OF = 3
 """Every third sample is judged on, and nothing is learnt from it."""
 
 
@@ -44,10 +44,10 @@ def spread_over(samples: Sequence[Item], most: int) -> list[Item]:
 
 def split_samples(samples: Sequence[WholeSample]) -> tuple[list[WholeSample], list[WholeSample]]:
     """Samples to learn from and samples to judge on; the same where there are too few for both."""
-    if len(samples) < _JUDGED_OF:
+    if len(samples) < JUDGED_OF:
         return list(samples), list(samples)
-    judged = samples[_JUDGED_OF - 1 :: _JUDGED_OF]
-    return [one for number, one in enumerate(samples) if number % _JUDGED_OF != _JUDGED_OF - 1], list(judged)
+    judged = samples[JUDGED_OF - 1 :: JUDGED_OF]
+    return [one for number, one in enumerate(samples) if number % JUDGED_OF != JUDGED_OF - 1], list(judged)
 
 
 def try_codecs(
@@ -69,7 +69,7 @@ def try_codecs(
     if expert.prefix_layers != tuple(range(layers)):
         raise UsageError(
             f"the expert of {checkpoint.model} attends to {len(expert.prefix_layers)} layers of the VLM, the samples "
-            f"have keys and values of {layers}; leave --layers out."
+            f"have keys and values of {layers}: it cannot judge codecs of them. `extract --codec NAME` needs no judge."
         )
     codecs, refused = _with_tables(names, learnt, checkpoint, expert.device)
     judge = CodecJudge(expert=expert, codecs=codecs, gradients=gradients, seed=seed)

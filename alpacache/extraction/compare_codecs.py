@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from alpacache.alpamayo import Checkpoint
+from alpacache.cached_samples.features import stored_layers
 from alpacache.cached_samples.identity import check_same_model
 from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.driving.sample import SampleRef
@@ -19,6 +20,7 @@ from alpacache.extraction.prefill import Prefiller, StoredFeatures
 from alpacache.extraction.preparation import PreparationSettings
 from alpacache.extraction.reading_process import reading_workers
 from alpacache.gpu.device import enter, resolve_device
+from alpacache.layer_choice import layers_text
 from alpacache.prefix.codecs import forget_tables
 from alpacache.progress import OnProgress, ignore
 from alpacache.sources.config import Side
@@ -140,6 +142,11 @@ def _from_store(
             f"store {store} has keys and values in {identity.get('codec')}; what codecs lose is told against bfloat16. "
             "Give the recordings, or a store extracted with --codec bf16."
         )
+    if (layers := stored_layers(identity)) is not None:
+        raise UsageError(
+            f"store {store} has keys and values of layers {layers_text(layers)}, and the model's own expert, which "
+            "judges, attends to all. Give the recordings, or a store extracted without --layers."
+        )
     reader = CacheReader(store)
     plain = [name for name in reader.sample_ids if SampleRef.parse(name).view == 0]
     return list(read_store(reader, spread_over(plain, samples)))
@@ -147,7 +154,12 @@ def _from_store(
 
 def _selected(settings: PreparationSettings, *, split: Side, t0: str) -> tuple[list[SampleRef], Source]:
     """Open a source and choose its samples on one side of the split."""
-    check_reach(settings.source)
+    try:
+        check_reach(settings.source)
+    except UsageError as error:
+        if not _may_be_store(settings.source):
+            raise
+        raise UsageError(f"there is no store at {settings.source}, and as recordings {error}") from None
     source = open_source(settings.source, cameras=settings.cameras)
     refs, _ = select(source, split=split, t0=t0)
     return refs, source

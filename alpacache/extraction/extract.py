@@ -212,8 +212,8 @@ class _Extraction:
     codec: KVCodec | None
     pending: Group | None = None
     """The last group, handed to the writers when the device has the next."""
-    longer: dict[str, float] = field(default_factory=dict)
-    """Samples that are unlike those the codec was learnt from, and how many times the bytes they take."""
+    longer: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Samples that are unlike those the codec was learnt from, and how many times the bytes they take, by part."""
 
     def over(self, todo: Sequence[Sequence[SampleRef]]) -> None:
         """Extract and commit these samples, or those that are begun when a stop is requested."""
@@ -278,8 +278,8 @@ class _Extraction:
                 if copy is not None:
                     copy.release()
                 continue
-            if (times := longer_than_learnt(self.codec, stored)) is not None:
-                self.longer[sample_id] = times
+            for part, times in longer_than_learnt(self.codec, stored).items():
+                self.longer.setdefault(part, {})[sample_id] = times
             with self.progress.waits.of("write"):
                 self.writers.put(sample_id, stored, made=group.made, copy=copy)
             self.progress.add_committed(self.writers.collect())

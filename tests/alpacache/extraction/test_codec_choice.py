@@ -142,6 +142,38 @@ def test_a_codec_of_other_settings_is_refused_with_the_difference(made, tiny_che
     assert not (tmp_path / "t").exists()
 
 
+def test_a_store_keeps_its_tables_and_another_stores_are_refused(made, tiny_checkpoint, tmp_path) -> None:
+    store, other = shutil.copytree(made[0] / "s", tmp_path / "s"), tmp_path / "o"
+    given = {"source": "synthetic:3", "t0": "4"}
+    alpacache.extract(settings(tiny_checkpoint, other, **given))
+    for source, said in (
+        (
+            other,
+            r"its codec or tables are others, and the store .*/s has its own; leave --codec-from out",
+        ),
+        (tmp_path / "none", r"there is no store, and the store .*/s has its own; leave --codec-from out"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            alpacache.extract(settings(tiny_checkpoint, store, codec_from=str(source), **given))
+    assert len(CacheReader(store)) == 6
+    alpacache.extract(settings(tiny_checkpoint, store, codec_from=str(made[0] / "s"), **given))
+    assert len(CacheReader(store)) == 9
+
+
+def test_a_rate_is_one_name_however_it_is_written(made, tiny_checkpoint, tmp_path) -> None:
+    """Also of stores of earlier versions, which kept the name as it was written."""
+    store = shutil.copytree(made[0] / "s", tmp_path / "s")
+    alpacache.extract(settings(tiny_checkpoint, store, source="synthetic:7", codec="transform:05.00"))
+    assert len(CacheReader(store)) == 7
+    reader, (tables,) = CacheReader(store), (store / "codecs").iterdir()
+    fields, identity = list(reader.fields.values()), reader.identity | {"codec": "transform:5.0"}
+    old = tmp_path / "old"
+    CacheWriter(old, fields=fields, identity=identity, codec_tables=tables.read_bytes())
+    alpacache.extract(settings(tiny_checkpoint, old, source="synthetic:1"))
+    alpacache.extract(settings(tiny_checkpoint, tmp_path / "t", source="synthetic:1", codec_from=str(old)))
+    assert [CacheReader(each).identity for each in (old, tmp_path / "t")] == [identity, identity]
+
+
 def test_another_vlms_codec_is_refused(made, tiny_checkpoint, tmp_path) -> None:
     store = shutil.copytree(made[0] / "s", tmp_path / "s")
     root = json.loads((store / "zarr.json").read_text())["attributes"]["cache_store"]
@@ -151,7 +183,7 @@ def test_another_vlms_codec_is_refused(made, tiny_checkpoint, tmp_path) -> None:
     CacheWriter(
         tmp_path / "o", fields=list(reader.fields.values()), identity=identity, codec_tables=tables.read_bytes()
     )
-    with pytest.raises(UsageError, match=r"learnt from another VLM \(weights 000000000000"):
+    with pytest.raises(UsageError, match=r"learnt or chosen for another VLM \(weights 000000000000"):
         alpacache.extract(settings(tiny_checkpoint, tmp_path / "t", codec_from=str(tmp_path / "o")))
 
 
@@ -197,9 +229,9 @@ def test_samples_unlike_those_learnt_from_are_told_of(made, caplog) -> None:
     assert isinstance(codec, TransformCodec)
     shape = np.array([2, 2, 2, 100, 32])
     usual, more = int(np.prod(shape) * 5 / 8), int(np.prod(shape) * 8 / 8)
-    assert codec_choice.longer_than_learnt(codec, {"kv": bytes(usual), "kv_shape": shape}) is None
-    assert codec_choice.longer_than_learnt(codec, {"kv": bytes(more), "kv_shape": shape}) == pytest.approx(1.6)
-    codec_choice.warn_of({"a": 1.3, "b": 1.6}, codec, 10)
+    assert codec_choice.longer_than_learnt(codec, {"kv": bytes(usual), "kv_shape": shape}) == {}
+    assert codec_choice.longer_than_learnt(codec, {"kv": bytes(more), "kv_shape": shape}) == pytest.approx({"": 1.6})
+    codec_choice.warn_of({"": {"a": 1.3, "b": 1.6}}, codec, 10)
     assert "2 of 10 samples take more than 1.25 times the 5 bits" in caplog.text
     assert "most: b, 8.0 bits" in caplog.text
 

@@ -109,13 +109,16 @@ def test_another_rounding_is_as_large_as_one() -> None:
 
 
 def test_what_cannot_be_compared_is_refused(plain, tiny_checkpoint, tiny_checkpoint_15, tmp_path) -> None:
-    quantised = tmp_path / "q"
+    quantised, some = tmp_path / "q", tmp_path / "some"
     alpacache.extract(settings(tiny_checkpoint, quantised, source="synthetic:1", codec="int8"))
+    alpacache.extract(settings(tiny_checkpoint, some, source="synthetic:1", layers="first:1"))
     for given, model, more, said in (
         (quantised, tiny_checkpoint, {}, "keys and values in int8; what codecs lose is told against bfloat16"),
         (plain, tiny_checkpoint_15, {}, "extracted with another model"),
         (plain, tiny_checkpoint, {"frames": 1}, "--frames is of recordings"),
-        (tmp_path / "none", tiny_checkpoint, {}, "is no data source"),
+        (some, tiny_checkpoint, {}, "values of layers 0, .* attends to all. Give the recordings, or a store extracted"),
+        (tmp_path / "none", tiny_checkpoint, {}, "there is no store at .*, and as recordings .* is no data source"),
+        ("synthtic:3", tiny_checkpoint, {}, r"^'synthtic:3' is no data source\. Did you mean synthetic:3"),
     ):
         with pytest.raises(UsageError, match=said):
             compare(given, model, **more)
@@ -156,7 +159,10 @@ def test_the_smallest_codec_within_the_error_is_chosen_once(plain, tiny_checkpoi
     for given, said in (
         ({"codec": "auto:3%"}, r"chosen by --codec auto:20%; pass --codec auto:20%"),
         ({"codec": "auto:3%", "store": str(plain)}, "the codec bf16, given by name; pass --codec bf16"),
-        ({"codec": "auto:3%", "store": str(tmp_path / "t"), "codec_from": str(store)}, "chosen by --codec auto:20%"),
+        (
+            {"codec": "auto:3%", "store": str(tmp_path / "t"), "codec_from": str(store)},
+            "chosen by --codec auto:20%; pass --codec auto:20%, or another --codec-from",
+        ),
         ({"codec": "auto:3%", "store": str(tmp_path / "t"), "layers": "first:1"}, "--layers stores some"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -166,6 +172,12 @@ def test_the_smallest_codec_within_the_error_is_chosen_once(plain, tiny_checkpoi
 def test_where_no_codec_is_good_enough_nothing_is_made(tiny_checkpoint, tmp_path, fewer) -> None:
     with pytest.raises(UsageError, match=r"no codec keeps .* within 0\.01% on 3 samples of these: int8 0\.\d+%.*bf16"):
         alpacache.extract(settings(tiny_checkpoint, tmp_path / "s", codec="auto:0.01%"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_too_few_samples_to_choose_by_are_refused(tiny_checkpoint, tmp_path, fewer) -> None:
+    with pytest.raises(UsageError, match=r"auto:20%: 2 of the 2 samples can be read, and a choice needs 3: .*name a"):
+        alpacache.extract(settings(tiny_checkpoint, tmp_path / "s", codec="auto:20%", source="synthetic:2"))
     assert not (tmp_path / "s").exists()
 
 
