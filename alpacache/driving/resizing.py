@@ -45,8 +45,14 @@ def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
     Antialiased bicubic, neither clamped nor rounded, so a resized picture may overshoot. One channel at a time: a
     picture that lies as decoded, colours last, then needs no copy but the one to float.
     """
-    planes = torch.from_numpy(np.require(picture, requirements="W"))
+    planes = _tensor_of(picture)
     return torch.cat([_fitted(plane[None, None], size) for plane in planes], dim=1)[0]
+
+
+def _tensor_of(picture: NDArray[np.uint8]) -> Tensor:
+    """A picture as a tensor, copied where it is read-only or lies backwards, as `bgr[..., ::-1]` does."""
+    forwards = picture.copy(order="K") if min(picture.strides) < 0 else picture
+    return torch.from_numpy(np.require(forwards, requirements="W"))
 
 
 def _fitted(planes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -77,7 +83,7 @@ class PicturesToDevice:
             yield _fitted(self._sent(picture).contiguous()[None], size)[0]
 
     def _sent(self, picture: NDArray[np.uint8]) -> Tensor:
-        planes = torch.from_numpy(np.require(picture, requirements="W"))
+        planes = _tensor_of(picture)
         if self._device.type != "cuda":
             return planes.to(self._device)
         lies = planes.permute(1, 2, 0)  # as decoded, colours last

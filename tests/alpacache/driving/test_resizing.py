@@ -3,7 +3,7 @@ import pytest
 
 from alpacache.alpamayo.inputs import to_patches
 from alpacache.driving.picture_size import fit_size
-from alpacache.driving.resizing import to_processor_size
+from alpacache.driving.resizing import resized, to_processor_size
 
 
 @pytest.mark.parametrize(("height", "width"), [(360, 640), (120, 200)], ids=["smaller", "larger"])
@@ -32,3 +32,11 @@ def test_pictures_of_processor_size_are_left_alone():
     stored, deviation = to_processor_size(frames, **limits)
     np.testing.assert_array_equal(stored, frames)
     assert deviation == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_pictures_that_lie_backwards_are_seen_as_their_copies(axis):
+    turned = np.random.default_rng(0).integers(0, 255, (3, 40, 60), dtype=np.uint8)
+    view = np.flip(np.flip(turned, axis).copy(), axis)
+    assert view.strides[axis] < 0
+    assert resized(view, (20, 30)).equal(resized(turned, (20, 30)))
