@@ -26,7 +26,7 @@ from alpacache.alpamayo.foreign_files import Schema, conform, opened, read_json
 from alpacache.alpamayo.prompt import ROUTE_TOKENS, PromptFormat, Reasoning
 from alpacache.alpamayo.recognition import Recognition, recognise_family
 from alpacache.driving.cameras import CAMERAS
-from alpacache.driving.picture_size import fit_size, image_tokens
+from alpacache.driving.picture_size import check_sides, fit_size, image_tokens
 from alpacache.driving.resizing import PicturesToDevice, ResizedPictures, resized
 from alpacache.driving.route import swapped
 from alpacache.driving.sample import Sample
@@ -301,10 +301,14 @@ class InputBuilder:
         """Inputs of the VLM for one sample, its route in the prompt; pixels are made on `device`, by default the CPU.
 
         With `seen`, pictures that the samples before it had are not resized again (on the CPU). With a device, calls
-        must not come from several threads at once. Raises `BadClipError`
-        (`bad_route`) for a route that holds tokens of the model.
+        must not come from several threads at once. Raises `BadClipError`: `bad_route` for a route that holds tokens of
+        the model, `wrong_shape` for pictures too long and thin.
         """
         frames, _, height, width = sample.frames.shape[1:]
+        try:
+            check_sides(height, width)
+        except ValueError as error:
+            raise BadClipError("wrong_shape", f"{sample.ref.sample_id}: {error}") from None
         if sample.route is not None and not self.tokenizer.is_plain(sample.route):
             raise BadClipError("bad_route", f"{sample.ref.sample_id}: its route holds a token of the model's own.")
         resize: Callable[..., Iterator[Tensor]] = _each_resized

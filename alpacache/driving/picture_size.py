@@ -3,13 +3,18 @@
 import math
 
 
+def check_sides(height: int, width: int) -> None:
+    """Raise `ValueError` for a picture too long and thin for the image processor."""
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {height}x{width} is degenerate; expected an aspect ratio of at most 200.")
+
+
 def fit_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Size near `height x width` with sides divisible by `factor` and an area between the two limits.
 
     Source: the resize rule of Qwen2-VL's image processor (behaviour).
     """
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {height}x{width} is degenerate; expected an aspect ratio below 200.")
+    check_sides(height, width)
     fitted = round(height / factor) * factor, round(width / factor) * factor
     area = fitted[0] * fitted[1]
     if min_pixels <= area <= max_pixels:
