@@ -21,12 +21,12 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.prompt import ROUTE_TOKENS
 from alpacache.cached_samples.features import CachedSample
 from alpacache.cached_samples.ring import Batch, PrefixRows
+from alpacache.driver.arguments import camera_names, counts, noise_draws, whole
 from alpacache.driver.moment import pose_at, track_of_poses
 from alpacache.driver.observer import FRAMES, Observer, SeenMoment, as_stored
-from alpacache.driver.weights import open_vlm
+from alpacache.driver.weights import check_holds_vlm, open_vlm
 from alpacache.driving.cameras import (
     changes_of,
-    full_camera_name,
     prompt_marks,
     recorded_and_blank,
     sort_cameras,
@@ -123,6 +123,7 @@ class Driver:
         Raises what `load_driver` does.
         """
         path, trained = None, None
+        _check_average(run, average=average)
         if run is not None:
             path, state = find_trained(run, self.checkpoint, **_vlm_of(self.checkpoint), average=average)
             trained = {"average": average, **state["files"]}
@@ -142,7 +143,7 @@ class Driver:
         paths: int = 6,
         flow_steps: int = 10,
         seed: int = 0,
-        noise: Tensor | None = None,
+        noise: Tensor | ArrayLike | None = None,
         reasoning: bool = False,
         name: str = "drive",
     ) -> DrivenPaths:
@@ -155,12 +156,12 @@ class Driver:
             poses: `[m, 7]` x y z (m), qx qy qz qw, vehicle to world, at any rate, from 1.5 s before the moment on.
             pose_times_us: `[m]`, on the clock of the frames.
             cameras: their names, such as `front_wide`, in the order of `frames`.
-            t0_us: the moment; by default the time of the newest frame that every camera has.
+            t0_us: the moment, whole microseconds; by default the time of the newest frame that every camera has.
             route: navigation text for the prompt, where the model has a place for it.
             paths: how many.
             flow_steps: Euler steps from noise to action.
             seed: of the noise, which depends on `name` and the moment too, as `eval`'s does on the sample's id.
-            noise: `[paths, 64, 2]` to use instead.
+            noise: `[paths, 64, 2]` to use instead, a tensor or an array.
             reasoning: let the VLM reason before each path. Much slower: it writes up to 256 tokens.
             name: of the recording, in errors and for the random numbers.
 
@@ -185,6 +186,7 @@ class Driver:
         """Have the VLM see a moment; arguments and errors are those of a call."""
         return self.observer.look(frames, frame_times_us, track, cameras=cameras, t0_us=t0_us, route=route, name=name)
 
+    @torch.inference_mode(False)  # what is kept for later calls must not be of the caller's inference mode
     @torch.no_grad()
     def paths(
         self,
@@ -193,33 +195,34 @@ class Driver:
         paths: int = 6,
         flow_steps: int = 10,
         seed: int = 0,
-        noise: Tensor | None = None,
+        noise: Tensor | ArrayLike | None = None,
         reasoning: bool = False,
     ) -> DrivenPaths:
         """Paths from a moment that was seen; arguments and errors are those of a call."""
-        if paths < 1 or flow_steps < 1:
-            raise UsageError(f"paths is {paths} and flow_steps {flow_steps}; expected 1 or more.")
+        paths, flow_steps, seed = counts(paths, flow_steps, seed)
         sample_id = seen.sample.ref.sample_id
         if noise is None:
-            noise = eval_noise(seed, [sample_id], paths)[0]
-        expected = (paths, self._expert.action_space.waypoints, 2)
-        if noise.shape != expected:
-            raise UsageError(f"noise is {list(noise.shape)}; expected {list(expected)}, one draw a path.")
+            draws = eval_noise(seed, [sample_id], paths)[0]
+        else:
+            draws = noise_draws(noise, (paths, self._expert.action_space.waypoints, 2))
         tails: list[Tail] = []
         if reasoning:
             tails = self.observer.reasoned(seen, paths)
             cached = CachedSample(
                 sample_id=sample_id, prefix=as_stored(seen.prefix), stem_len=seen.inputs.stem_len, tails=tuple(tails)
             )
-            actions = after_rollouts(self._expert, cached, noise.float(), flow_steps=flow_steps)
+            actions = after_rollouts(self._expert, cached, draws, flow_steps=flow_steps)
         else:
-            actions = self._sampled(seen.prefix, noise.float().cpu(), flow_steps)
+            actions = self._sampled(seen.prefix, draws.cpu(), flow_steps)
         return self._driven(seen, actions, tuple(tail.text for tail in tails))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def paths_together(
         self, seen: Sequence[SeenMoment], *, paths: int = 6, flow_steps: int = 10, seed: int = 0
     ) -> list[DrivenPaths]:
         """`paths` of several moments at once; the same to rounding."""
+        paths, flow_steps, seed = counts(paths, flow_steps, seed)
         noise = eval_noise(seed, [one.sample.ref.sample_id for one in seen], paths).to(self.device)
         actions = sampled(self._expert, [as_stored(one.prefix) for one in seen], noise, flow_steps)
         return [self._driven(one, own, ()) for one, own in zip(seen, actions, strict=True)]
@@ -328,14 +331,20 @@ def load_driver(
     Raises `UsageError` (`CheckpointError`) for a model or run that is not there or does not fit, `DataError` for a
     damaged run, `DeviceMemoryError`.
     """
+    _check_average(run, average=average)
+    if frames is not None:
+        expected = f"1 to {MOST_FRAMES} for each camera"
+        frames = whole(frames, "frames", expected=expected, least=1, most=MOST_FRAMES)
+    if memory_budget is not None:
+        memory_budget = whole(memory_budget, "memory_budget", expected="a whole number of bytes", least=1)
+    black = None if blank is None else camera_names(blank, "blank")
     where = resolve_device(str(device) if device is not None else None)
     enter(where)
     checkpoint, path, seen, trained = Checkpoint(str(model), vlm=vlm), None, _Recorded(), None
+    check_holds_vlm(checkpoint)
     if run is not None:
         path, state = find_trained(str(run), checkpoint, **_vlm_of(checkpoint), average=average)
         seen, trained = _recorded(state), {"average": average, **state["files"]}
-    if frames is not None and not 1 <= frames <= MOST_FRAMES:
-        raise UsageError(f"frames is {frames}; expected 1 to {MOST_FRAMES} for each camera.")
     builder = InputBuilder(
         checkpoint, camera_names=seen.camera_names, frame_numbers=seen.frame_numbers, route_tokens=seen.route_tokens
     )
@@ -360,14 +369,12 @@ def load_driver(
             f"the weights of {model} do not fit on {where}: {error}\nEnd other programs on it, take one with more "
             "memory, or pass a memory budget below it: then the VLM's layers come one by one."
         ) from error
-    if blank is not None:
-        blank = sort_cameras([*map(full_camera_name, blank)]) if blank else ()
     observer = Observer(
         checkpoint,
         eyes,
         builder,
         frames=frames or seen.frames or FRAMES,
-        blank=seen.blank if blank is None else blank,
+        blank=seen.blank if black is None else sort_cameras(black) if black else (),
     )
     return Driver(
         observer,
@@ -407,6 +414,11 @@ def _recorded(state: Mapping[str, Any]) -> _Recorded:
         blank=tuple(recorded_and_blank(identity)[1]),
         changes=tuple(changes_of(identity)) if identity else None,
     )
+
+
+def _check_average(run: str | None, *, average: bool) -> None:
+    if average and run is None:
+        raise UsageError("average takes a run's average of the weights, and no run is named; name it, or leave it out.")
 
 
 def _vlm_of(checkpoint: Checkpoint) -> dict[str, Any]:

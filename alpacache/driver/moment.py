@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from alpacache.driving.cameras import CAMERAS, full_camera_name
-from alpacache.driving.poses import Track, frame_indices, history_alone, interpolate
+from alpacache.driver.arguments import array, camera_names, whole
+from alpacache.driving.cameras import CAMERAS
+from alpacache.driving.poses import Track, check_timestamps, frame_indices, history_alone, interpolate
 from alpacache.driving.route import check_route
 from alpacache.driving.sample import DT_S, HISTORY_STEPS, Floats, Sample, SampleRef
 from alpacache.errors import BadClipError, UsageError
@@ -20,12 +21,14 @@ from alpacache.sources.recording import Shot, sample_of, wanted_frame_times_us
 
 STALE_US = 200_000
 """Longest time by which one camera's newest frame may lie behind another's, or behind the newest pose."""
+MAX_FRAME_AGE_US = 1_000_000
+"""Longest time by which a frame may lie behind the instant that it stands for; poses have the same limit."""
 _HISTORY_S = (HISTORY_STEPS - 1) * DT_S
 
 
 def track_of_poses(poses: ArrayLike, times_us: ArrayLike, *, name: str) -> Track:
     """The track of poses `[m, 7]`: x y z (m) and qx qy qz qw, vehicle to world, at `[m]` times (us)."""
-    values, stamps = np.asarray(poses, np.float64), _stamps(times_us, what=f"{name}: pose times")
+    values, stamps = array(poses, f"{name}: poses", np.float64), _stamps(times_us, what=f"{name}: pose times")
     if values.ndim != 2 or values.shape[1] != 7 or len(values) != len(stamps):
         raise UsageError(
             f"{name}: poses are {list(values.shape)} with {len(stamps)} times; expected [m, 7] (x y z in metres and "
@@ -57,7 +60,7 @@ def moment_of(
     Raises `UsageError` for arrays that do not fit together, `BadClipError` for frames or poses that do not reach far
     enough, and for what makes a recording unusable.
     """
-    pictures, names = np.asarray(frames), [full_camera_name(camera) for camera in cameras]
+    pictures, names = array(frames, f"{name}: frames"), camera_names(cameras, "cameras")
     if pictures.dtype != np.uint8 or pictures.ndim != 5 or pictures.shape[-1] != 3 or 0 in pictures.shape:
         shown = f"{pictures.dtype} {list(pictures.shape)}"
         raise UsageError(f"{name}: frames are {shown}; expected uint8 RGB [cameras, n, H, W, 3].")
@@ -66,7 +69,7 @@ def moment_of(
             f"{name}: frames are of {len(pictures)} cameras, named are {', '.join(names) or 'none'}; expected one name "
             "for each, none twice."
         )
-    stamps = _frame_stamps(frame_times_us, pictures.shape[:2], name=name)
+    stamps = _frame_stamps(frame_times_us, pictures.shape[:2], names, name=name)
     newest = stamps[:, -1]
     if (late := int(newest.max() - newest.min())) > STALE_US:
         slowest, fastest = names[int(newest.argmin())], names[int(newest.argmax())]
@@ -78,6 +81,7 @@ def moment_of(
         if last_pose is not None and last_pose - t0_us > STALE_US:
             reason = f"frames end at {t0_us / 1e6:.3f} s, {(last_pose - t0_us) / 1e6:.3f} s before the newest pose"
             raise BadClipError("short_clip", f"{name}: {reason}; they come late. Bring newer ones, or name t0_us.")
+    t0_us = whole(t0_us, f"{name}: t0_us", expected="whole microseconds")
     if last_pose is not None and last_pose < t0_us:
         reason = f"poses end at {last_pose / 1e6:.3f} s, before the moment to drive from, {t0_us / 1e6:.3f} s"
         raise BadClipError("short_clip", f"{name}: {reason}; bring {_HISTORY_S:g} s of them up to it, or name t0_us.")
@@ -109,13 +113,20 @@ def pose_at(track: Track, t0_us: int) -> tuple[Floats, Floats]:
 def _chosen(stamps: NDArray[np.int64], wanted: NDArray[np.int64], *, where: str) -> NDArray[np.int64]:
     """Index of the frame at or before each wanted time; a single frame is enough where one is wanted at its time.
 
-    The newest stands for up to `STALE_US` after it: of a moment that is now, no later frame may be known.
+    The newest stands for up to `STALE_US` after it: of a moment that is now, no later frame may be known. Raises
+    `BadClipError` for a frame older than `MAX_FRAME_AGE_US`.
     """
     if 0 < wanted[-1] - stamps[-1] <= STALE_US:
         wanted = np.minimum(wanted, stamps[-1])
     if len(stamps) == 1 and len(wanted) == 1 and stamps[0] == wanted[0]:
         return np.zeros(1, np.int64)
-    return frame_indices(stamps, wanted, where=where)
+    chosen = frame_indices(stamps, wanted, where=where)
+    ages_s = (wanted - stamps[chosen]) / 1e6
+    at = int(ages_s.argmax())
+    if ages_s[at] > MAX_FRAME_AGE_US / 1e6:
+        reason = f"the newest frame for {wanted[at] / 1e6:.3f} s is {ages_s[at]:.3f} s older"
+        raise BadClipError("short_clip", f"{where}: {reason}; at most {MAX_FRAME_AGE_US / 1e6:g} s is taken.")
+    return chosen
 
 
 def _without_copy(chosen: NDArray[np.int64]) -> slice | NDArray[np.int64]:
@@ -125,20 +136,26 @@ def _without_copy(chosen: NDArray[np.int64]) -> slice | NDArray[np.int64]:
     return chosen
 
 
-def _frame_stamps(times_us: ArrayLike, shape: tuple[int, ...], *, name: str) -> NDArray[np.int64]:
+def _frame_stamps(
+    times_us: ArrayLike, shape: tuple[int, ...], cameras: Sequence[str], *, name: str
+) -> NDArray[np.int64]:
     """Times `[cameras, n]` of frames of that shape."""
-    values = np.asarray(times_us)
+    values = array(times_us, f"{name}: frame times")
     if values.shape not in (shape, shape[1:]):
         raise UsageError(
             f"{name}: frame times are {list(values.shape)} for frames [{shape[0]}, {shape[1]}, ...]; expected "
             f"[{shape[0]}, {shape[1]}] or [{shape[1]}]."
         )
-    return np.stack([_stamps(row, what=f"{name}: frame times") for row in np.broadcast_to(values, shape)])
+    rows = zip(cameras, np.broadcast_to(values, shape), strict=True)
+    return np.stack([_stamps(row, what=f"{name}: {camera}: frame times") for camera, row in rows])
 
 
 def _stamps(times_us: ArrayLike, *, what: str) -> NDArray[np.int64]:
-    """Whole microseconds `[n]`. Raises `UsageError` for anything else, such as seconds."""
-    values = np.asarray(times_us)
+    """Whole microseconds `[n]`. Raises `UsageError` for anything else, such as seconds, `BadClipError` for disorder."""
+    values = array(times_us, what)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise UsageError(f"{what} are {values.dtype} {list(values.shape)}; expected whole microseconds in one column.")
-    return values.astype(np.int64)
+    stamps = values.astype(np.int64)
+    if len(stamps) > 1:  # of fewer, what follows says what is missing
+        check_timestamps(stamps, what=what)
+    return stamps

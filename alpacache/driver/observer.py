@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.inputs import InputBuilder, VLMInputs
+from alpacache.driver.arguments import camera_names
 from alpacache.driver.moment import moment_of
-from alpacache.driving.cameras import check_blank, full_camera_name
+from alpacache.driving.cameras import check_blank
 from alpacache.driving.poses import Track
 from alpacache.driving.sample import Sample
 from alpacache.errors import UsageError
@@ -88,12 +90,13 @@ class Observer:
         """Have the VLM see a moment; arguments and errors are those of `Driver.__call__`."""
         if route is not None:
             self.check_takes_routes()
-        check_blank([full_camera_name(camera) for camera in cameras], self.blank)
+        names = camera_names(cameras, "cameras")
+        check_blank(names, self.blank)
         sample = moment_of(
             frames,
             frame_times_us,
             track,
-            cameras=cameras,
+            cameras=names,
             count=self.frames,
             t0_us=t0_us,
             route=route,
@@ -101,23 +104,29 @@ class Observer:
         )
         return self.see(with_blank(sample, self.blank), track)
 
+    @torch.inference_mode(False)  # what is kept for later calls must not be of the caller's inference mode
     def see(self, sample: Sample, track: Track) -> SeenMoment:
         """Have the VLM see a sample; `track` places its ego frame in the world."""
         on_gpu = self._vlm.device if self._vlm.device.type == "cuda" else None
         inputs = self._builder.build(sample, device=on_gpu)
         inputs = replace(inputs, pixel_values=inputs.pixel_values.to(self._vlm.dtype))
-        (prefix,) = self._vlm.prefill_batch([inputs])
-        if self._checks is not None:  # weights that came for the first time
-            self._checks(self.checkpoint)
-            self._checks = None
+        (prefix,) = self._prefixes([inputs])
         return SeenMoment(sample=sample, inputs=inputs, prefix=prefix, track=track)
 
+    @torch.inference_mode(False)
     def see_together(self, samples: Sequence[Sample], tracks: Sequence[Track]) -> list[SeenMoment]:
         """`see` several samples at once; the same to rounding, and faster where each alone is small."""
         inputs = [self._builder.build(sample) for sample in samples]
         inputs = [replace(one, pixel_values=one.pixel_values.to(self._vlm.dtype)) for one in inputs]
-        together = zip(samples, inputs, self._vlm.prefill_batch(inputs), tracks, strict=True)
+        together = zip(samples, inputs, self._prefixes(inputs), tracks, strict=True)
         return [SeenMoment(sample=one, inputs=given, prefix=made, track=track) for one, given, made, track in together]
+
+    def _prefixes(self, inputs: Sequence[VLMInputs]) -> list[PrefixFeatures]:
+        prefixes = self._vlm.prefill_batch(inputs)
+        if self._checks is not None:  # weights that came for the first time
+            self._checks(self.checkpoint)
+            self._checks = None
+        return prefixes
 
     def reasoned(self, seen: SeenMoment, rollouts: int) -> list[Tail]:
         """Tails of reasoning rollouts, as a store holds them."""

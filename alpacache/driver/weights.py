@@ -7,7 +7,7 @@ import torch
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
 from alpacache.alpamayo.family import Geometry
-from alpacache.errors import UsageError
+from alpacache.errors import CheckpointError, UsageError
 from alpacache.gpu.host_memory import available_bytes
 from alpacache.planning.prefill_plan import WeightsPlace, place_of, place_weights
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 _SPARE_BYTES = 3 * 2**29
 """GPU memory for activations, prefix, graphs and libraries beside the weights."""
+
+
+def check_holds_vlm(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` where there is no VLM, as in an export of the expert alone."""
+    _ = checkpoint.config  # of what is no checkpoint at all, that is said first
+    home, prefix = checkpoint.vlm_home
+    if not home.with_prefix(f"{prefix}model."):
+        raise CheckpointError(
+            f"{home.model} holds no VLM: an export with --expert-only is the expert alone. Pass the model that it was "
+            "trained on as --vlm MODEL, in Python load_driver(vlm=...)."
+        )
 
 
 def open_vlm(

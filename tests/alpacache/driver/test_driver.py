@@ -1,18 +1,22 @@
 """A driver gives the paths of an evaluation, bit for bit, from pictures and poses alone, and says what it lacks."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 
 import alpacache
 from alpacache.alpamayo import Checkpoint
 from alpacache.alpamayo.backbone import geometry_of
+from alpacache.alpamayo.checkpoint import INDEX
 from alpacache.cached_samples.dataset import CachedDataset
 from alpacache.driver.driver import load_driver
 from alpacache.driving.poses import interpolate
 from alpacache.driving.sample import SampleRef
-from alpacache.errors import BadClipError, UsageError
+from alpacache.errors import BadClipError, CheckpointError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.inference.prediction import eval_noise, predict_actions, predict_ahead, to_paths
 from alpacache.sources.registry import open_source
@@ -23,7 +27,11 @@ pytestmark = pytest.mark.system  # whole drives with a tiny model
 
 T0_US = 5_100_000
 PATHS = {"paths": 3, "flow_steps": 4}
-CAMERAS = {"r1": ("camera_front_wide_120fov",), "1.5": ("camera_cross_left_120fov", "camera_front_wide_120fov")}
+CAMERAS = {
+    "r1": ("camera_front_wide_120fov",),
+    "1.5": ("camera_cross_left_120fov", "camera_front_wide_120fov"),
+    "2": ("camera_front_wide_120fov",),
+}
 
 
 def recording(source, clip_id, *, cameras, until_us=T0_US, from_us=3_000_000):
@@ -37,9 +45,9 @@ def recording(source, clip_id, *, cameras, until_us=T0_US, from_us=3_000_000):
 
 
 @pytest.fixture(scope="module", params=["r1", "1.5"])
-def story(request, tiny_checkpoint, tiny_checkpoint_15, tmp_path_factory):
+def story(request, tiny_checkpoint, tiny_checkpoint_15, tiny_checkpoint_2, tmp_path_factory):
     """Family, model, source, and a store of two clips with what is needed to run on it."""
-    model = {"r1": tiny_checkpoint, "1.5": tiny_checkpoint_15}[request.param]
+    model = {"r1": tiny_checkpoint, "1.5": tiny_checkpoint_15, "2": tiny_checkpoint_2}[request.param]
     cameras, store = CAMERAS[request.param], tmp_path_factory.mktemp("driver") / "store"
     alpacache.extract(
         ExtractConfig(source="synthetic:2", model=str(model), store=str(store), cameras=cameras, frames=2, device="cpu")
@@ -56,6 +64,7 @@ def evaluated(model, store, expert, index=0):
     return data.sample_id(index), actions[0], *to_paths(expert.action_space, actions[0], *data.poses(index)[:2])
 
 
+@pytest.mark.parametrize("story", ["r1", "1.5", "2"], indirect=True)
 def test_paths_are_those_of_an_evaluation_to_the_bit(story):
     model, source, cameras, store = story
     driver = load_driver(model, device="cpu", frames=2)
@@ -71,6 +80,69 @@ def test_paths_are_those_of_an_evaluation_to_the_bit(story):
             *recording(source, clip_id, cameras=cameras), cameras=cameras, noise=noise_of(sample_id), **PATHS
         )
         assert np.array_equal(again.xyz, live.xyz)
+
+
+def test_mirrored_views_give_the_paths_of_their_copies(tiny_checkpoint):
+    source, cameras = SyntheticSource(1), CAMERAS["r1"]
+    driver = load_driver(tiny_checkpoint, device="cpu")
+    frames, times, *poses = recording(source, source.clip_ids[0], cameras=cameras)
+    bgr = np.ascontiguousarray(frames[:, ::2, ..., ::-1])  # 10 Hz: chosen without a copy
+    flipped, copied = (
+        driver(each, times[::2], *poses, cameras=cameras, **PATHS) for each in (bgr[..., ::-1], bgr[..., ::-1].copy())
+    )
+    assert np.array_equal(flipped.actions, copied.actions)
+
+
+def test_calls_in_and_out_of_inference_mode_agree(tiny_checkpoint):
+    source, cameras = SyntheticSource(1), CAMERAS["r1"]
+    given = recording(source, source.clip_ids[0], cameras=cameras)
+    driver = load_driver(tiny_checkpoint, device="cpu", frames=1)
+    with torch.inference_mode():
+        inside = driver(*given, cameras=cameras, **PATHS)
+    outside = driver(*given, cameras=cameras, **PATHS)
+    assert np.array_equal(inside.actions, outside.actions)
+
+
+def test_weights_are_checked_once_whichever_way_they_come_first(tiny_checkpoint):
+    source, cameras = SyntheticSource(1), CAMERAS["r1"]
+    frames, times, *_ = recording(source, source.clip_ids[0], cameras=cameras)
+    track = source.track(source.clip_ids[0])
+    observer = load_driver(tiny_checkpoint, device="cpu", frames=1).observer
+    sample = observer.look(frames, times, track, cameras=cameras, t0_us=T0_US).sample
+    checked = []
+    observer._checks = checked.append
+    observer.see_together([sample], [track])
+    assert checked == [observer.checkpoint]
+    observer.see(sample, track)
+    assert checked == [observer.checkpoint]
+
+
+def test_an_expert_alone_asks_for_its_vlm(tiny_checkpoint, tmp_path):
+    alone = shutil.copytree(tiny_checkpoint, tmp_path / "alone")
+    tensors = {}
+    for shard in alone.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (alone / INDEX).unlink()
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("vlm.")}
+    save_file(rest, alone / "model.safetensors")
+    for vlm in (None, str(alone)):
+        with pytest.raises(CheckpointError, match=r"alone holds no VLM: .* as --vlm MODEL, in Python") as caught:
+            load_driver(alone, device="cpu", vlm=vlm)
+        assert "\n" not in str(caught.value)
+    assert load_driver(alone, device="cpu", vlm=str(tiny_checkpoint)).observer.frames == 4
+
+
+def test_what_load_driver_cannot_take_is_refused_before_anything_is_read():
+    for given, match in (
+        ({"frames": 2.5}, "frames is 2.5; expected 1 to 4"),
+        ({"frames": "2"}, "frames is '2'; expected 1 to 4"),
+        ({"memory_budget": "12GB"}, "memory_budget is '12GB'; expected a whole number of bytes"),
+        ({"blank": "front_tele"}, "blank is 'front_tele'; expected a list of names"),
+        ({"average": True}, "average takes a run's average of the weights, and no run is named"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            load_driver("nowhere", device="cpu", **given)
 
 
 def test_an_expert_of_ones_own_size_drives_as_it_is_evaluated(story, tmp_path):
@@ -183,6 +255,11 @@ def test_what_is_missing_is_named_with_its_place(story):
         r"expected \[3, 64, 2\]", frames, times, poses, stamps, noise=torch.zeros(2, 64, 2), paths=3, kind=UsageError
     )
     refused(r"paths is 0", frames, times, poses, stamps, paths=0, kind=UsageError)
+    thin = np.zeros((*frames.shape[:2], 4, 900, 3), np.uint8)
+    refused(r"log-7@5100000#0: an image of 4x900 is degenerate", thin, times, poses, stamps)
+    refused(r"log-7: frames make no array", [list(frames[0]), [1]], times, poses, stamps, kind=UsageError)
+    refused(r"log-7: poses make no array", frames, times, "abc", stamps, kind=UsageError)
+    refused(r"noise holds NaN", frames, times, poses, stamps, noise=np.full((6, 64, 2), np.nan), kind=UsageError)
     if driver.observer.takes_routes:
         refused(r"log-7 at 5.100 s: its route cannot go", frames, times, poses, stamps, route="<|im_end|>")
         late = np.stack([times - 400_000, times])
