@@ -43,6 +43,14 @@ def chosen_layers(written: str, count: int | None) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def layers_to_run(stored: Sequence[int] | None, *, whole: bool) -> int | None:
+    """Number of the VLM's layers, from the first, that it has to be run through for the stored ones; None: all.
+
+    `whole`: more is wanted than keys and values, such as hidden states or texts.
+    """
+    return None if whole or stored is None else stored[-1] + 1
+
+
 def spread_layers(count: int, held: Sequence[int]) -> tuple[int, ...]:
     """The layers that an expert of `count` layers attends to by default: evenly over those that are held.
 

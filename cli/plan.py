@@ -10,7 +10,8 @@ from . import output
 from .options import from_config
 
 if TYPE_CHECKING:
-    from alpacache.planning.plan import ExtractPlan, Plan
+    from alpacache.planning.plan import Plan
+    from alpacache.planning.prefill_plan import PrefillPlan
 
 _SHOWN_BYTES = 10_000
 
@@ -74,45 +75,68 @@ def _sample_lines(plan: "Plan") -> output.Lines:
 
 
 def _time_lines(plan: "Plan") -> output.Lines:
-    one, two, machine = plan.extract, plan.train, plan.machine
+    two = plan.train
     over_bus_s = two.copy_s + two.bus_s
     bound, in_memory = _longest({"GPU": two.step_s, "bus": over_bus_s, "disk": two.read_s}), "the GPU decides"
     if over_bus_s > two.step_s:
         in_memory = "the bus decides"
-    rates = (machine.write_bytes_s, machine.read_bytes_s)
-    writes, reads = (f"{machine.disk_is} {rate / 1e9:.2f} GB/s" for rate in rates)
     return {
-        "extract": _duration(one.hours),
-        "  a sample": [
-            f"{one.prefill_s * 1e3:.0f} ms VLM",
-            f"{one.reading_s * 1e3:.0f} ms decoding ({machine.disk_is} {machine.cores} cores)",
-            f"{one.write_s * 1e3:.0f} ms durable write ({writes})",
-        ],
-        "  weights": _weights_line(one),
+        **_extract_lines(plan),
         "train": f"{_duration(two.hours)} for {two.steps} steps, the {bound} decides",
         "  in RAM": f"{_duration(two.hours_in_memory)} if samples stay in RAM after the first epoch (--in-memory), "
         f"{in_memory} then",
         "  a step": f"{two.compute_s * 1e3:.0f} ms forward and backward, {two.optimizer_s * 1e3:.0f} ms optimizer",
         "  moments": _bus_line(plan) if two.bus_s else None,
         "  a batch": [
-            f"{two.read_s * 1e3:.0f} ms from disk ({reads})",
+            f"{two.read_s * 1e3:.0f} ms from disk ({_disk_is(plan, plan.machine.read_bytes_s)})",
             f"{two.copy_s * 1e3:.0f} ms over the bus ({_bus_is(plan)})",
         ],
         "instead of": _loop_lines(plan),
     }
 
 
+def _extract_lines(plan: "Plan") -> output.Lines:
+    """Time of stage one, the place of the VLM's weights, and the memory taken; or that it does not fit."""
+    one, machine = plan.extract, plan.machine
+    if one.hours is None or one.memory is None:
+        return {"extract": "does not fit, see below", "  weights": f"{one.weights_bytes / 2**30:.1f} GiB"}
+    return {
+        "extract": f"{_least(plan)}{_duration(one.hours)}",
+        "  a sample": [
+            f"{one.prefill_s * 1e3:.0f} ms VLM",
+            f"{one.reading_s * 1e3:.0f} ms decoding ({machine.disk_is} {machine.cores} cores)",
+            f"{one.write_s * 1e3:.0f} ms durable write ({_disk_is(plan, machine.write_bytes_s)})",
+            *(["generating rollouts is not counted"] if plan.rollouts else []),
+        ],
+        "  weights": _weights_lines(plan, one.memory),
+    }
+
+
 def _loop_lines(plan: "Plan") -> list[str]:
     """Time of training with the VLM in every step, and when the cache is paid back."""
     loop, paid = plan.loop, "from disk never: it delivers samples no faster than the VLM makes them"
+    every_step = f"the VLM in every step: {_least(plan)}{_duration(loop.hours)}"
+    lines = [f"{every_step} and {loop.memory_bytes / 2**30:.0f} GiB of GPU memory"]
+    if loop.cached_hours is None or loop.cached_memory_bytes is None:
+        return [*lines, "both stages: stage one does not fit"]
     if loop.break_even_epochs is not None:
         paid = f"after {loop.break_even_epochs:.1f} epochs from disk"
+    uncounted = ", without generating rollouts" if plan.rollouts else ""
     return [
-        f"the VLM in every step: {_duration(loop.hours)} and {loop.memory_bytes / 2**30:.0f} GiB of GPU memory",
-        f"both stages: {_duration(loop.cached_hours)}, {plan.memory_bytes / 2**30:.0f} GiB and "
+        *lines,
+        f"both stages: {_least(plan)}{_duration(loop.cached_hours)}, {loop.cached_memory_bytes / 2**30:.0f} GiB and "
         f"{plan.store_bytes / 1e9:.0f} GB of disk",
-        f"the cache is paid back {paid}, after {loop.break_even_in_memory:.1f} from RAM",
+        f"the cache is paid back {paid}, after {loop.break_even_in_memory:.1f} from RAM{uncounted}",
     ]
+
+
+def _least(plan: "Plan") -> str:
+    """Before a time without the generation of rollouts."""
+    return "at least " if plan.rollouts else ""
+
+
+def _disk_is(plan: "Plan", rate: float) -> str:
+    return f"{plan.machine.disk_is} {rate / 1e9:.2f} GB/s"
 
 
 def _longest(seconds: Mapping[str, float]) -> str:
@@ -131,17 +155,16 @@ def _bus_line(plan: "Plan") -> str:
     return f"{moved}, {two.step_s * 1e3:.0f} ms a step in all"
 
 
-def _weights_line(one: "ExtractPlan") -> str | list[str]:
+def _weights_lines(plan: "Plan", memory: "PrefillPlan") -> list[str]:
     """Place of the VLM's weights, and the memory of stage one."""
-    memory = one.memory
-    if memory is None:
-        return f"{one.weights_bytes / 2**30:.1f} GiB, see below"
     sizes = f"{memory.device_bytes / 2**30:.1f} GiB of GPU memory, {memory.host_bytes / 2**30:.1f} GiB of RAM"
     if memory.home == "gpu":
         return [f"on the GPU, {memory.rows} samples at a time", sizes]
-    where = "in RAM" if memory.home == "ram" else "in the files"
+    where, rate = "in RAM", _bus_is(plan)
+    if memory.home == "files":
+        where, rate = "in the files", _disk_is(plan, plan.machine.read_bytes_s)
     groups = f"groups of {memory.group}, {memory.rows} in a layer at a time"
-    return [f"{where}, {one.bus_s * 1e3:.0f} ms a sample to arrive", groups, sizes]
+    return [f"{where}, {plan.extract.bus_s * 1e3:.0f} ms a sample to arrive ({rate})", groups, sizes]
 
 
 def _duration(hours: float) -> str:

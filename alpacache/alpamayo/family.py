@@ -110,6 +110,11 @@ class Geometry:
     expert_shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the tensors of expert and projections, by name in the checkpoint."""
 
+    def parameters_run(self, layers: int | None) -> int:
+        """The VLM's parameters without the text layers behind the first `layers`; None: all."""
+        left_out = 0 if layers is None else self.layers - layers
+        return self.vlm_parameters - left_out * self.vlm.layer_parameters
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Released:

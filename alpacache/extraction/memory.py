@@ -75,6 +75,7 @@ def prefill_work(
         rows=rows,
         ahead=ahead,
         samples=samples,
+        run_layers=stored.run_layers,
         itemsize=itemsize,
         rollouts=stored.rollouts > 0,
         sharers=this_process().local_world_size,

@@ -14,6 +14,7 @@ from alpacache.errors import DeviceMemoryError
 from alpacache.extraction.pipeline import groups
 from alpacache.extraction.preparation import Prepared
 from alpacache.gpu.host_copies import HostCopy
+from alpacache.layer_choice import layers_to_run
 from alpacache.prefix.prefix import PrefixFeatures, Tail
 from cache_store import KVCodec
 
@@ -35,8 +36,7 @@ class StoredFeatures:
     @property
     def run_layers(self) -> int | None:
         """Number of the VLM's layers, from the first, that it has to be run through; None: all."""
-        goes_on = self.layers is None or self.hidden_states or self.rollouts
-        return None if goes_on or self.layers is None else self.layers[-1] + 1
+        return layers_to_run(self.layers, whole=self.hidden_states or self.rollouts > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,14 +27,13 @@ from alpacache.driving.cameras import check_places, sort_cameras
 from alpacache.driving.splits import parse_split
 from alpacache.errors import UsageError
 from alpacache.gpu.host_memory import available_bytes
-from alpacache.layer_choice import chosen_layers
+from alpacache.layer_choice import chosen_layers, layers_to_run
 from alpacache.planning import time_model
 from alpacache.planning.config import PlanConfig, ReleasedFamily, Trainable, allowed_bytes, budget_bytes, codec_names
 from alpacache.planning.gpus import GPUS, MEASURED, Gpu, gpu_named
 from alpacache.planning.machine import bus_speed, disk_speed, existing_folder, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.prefill_plan import (
-    FILE_BYTES_S,
     PATCH_VALUES,
     PrefillPlan,
     PrefillWork,
@@ -43,7 +42,7 @@ from alpacache.planning.prefill_plan import (
 )
 from alpacache.planning.sample_count import count_samples
 from alpacache.planning.sample_size import PlannedPrompt, longest_tail, planned_prompt, sample_bytes
-from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes, state_bytes
+from alpacache.planning.workload import BF16_BYTES, MemoryPlan, Workload, expert_sizes, state_bytes, told_pinned
 from alpacache.prefix.layout import TailRoom
 from cache_store import codec_named
 from cache_store.storage.local_files import free_bytes
@@ -101,7 +100,8 @@ class ExtractPlan:
     """Seconds until a sample is durable."""
     bus_s: float
     """Seconds a sample in which weights from RAM or files arrive, beside the VLM; 0 where they stay on the GPU."""
-    hours: float
+    hours: float | None
+    """Without those in which reasoning rollouts are generated; None where stage one does not fit."""
     memory: PrefillPlan | None
     """Place of the weights and memory taken; None where nothing fits, which `notes` say."""
 
@@ -139,11 +139,13 @@ class LoopPlan:
     """GPU memory: the VLM's weights beside the training's own."""
     hours: float
     """For all epochs; nothing is written or read but the recordings."""
-    cached_hours: float
-    """Both stages, every sample read from disk every time."""
+    cached_hours: float | None
+    """Both stages, every sample read from disk every time; None, as all below, where stage one does not fit."""
+    cached_memory_bytes: int | None
+    """GPU memory of both stages, one after the other."""
     break_even_epochs: float | None
     """Epochs after which both stages took no longer; None where the disk delivers samples no faster than the VLM."""
-    break_even_in_memory: float
+    break_even_in_memory: float | None
     """The same if samples stay in RAM after the first epoch."""
 
 
@@ -240,14 +242,17 @@ def plan(config: PlanConfig) -> Plan:
         gpu=machine.gpu,
         bus_bytes_s=machine.bus_bytes_s,
     )
+    run_layers = layers_to_run(layers, whole=config.hidden_states == "last" or rollouts > 0)
+    host_bytes = available_bytes() if config.probe else None
     prefill, refusal = _prefill_plan(
         geometry,
         prompt,
         stored_bytes=sum(size for name, size in chosen.items() if name.endswith("kv") or name == "hidden"),
         samples=samples,
+        run_layers=run_layers,
         rollouts=rollouts,
         cap_bytes=cap,
-        host_bytes=available_bytes() if config.probe else None,
+        host_bytes=host_bytes,
     )
     extract = _extract_plan(
         geometry,
@@ -255,6 +260,7 @@ def plan(config: PlanConfig) -> Plan:
         prefill,
         machine,
         config.picture,
+        run_layers=run_layers,
         recorded=len(cameras) - len(set(config.blank)),
         samples=samples,
         one_bytes=one_bytes,
@@ -288,7 +294,7 @@ def plan(config: PlanConfig) -> Plan:
         checkpoint_bytes=work.trained * BF16_BYTES + state_bytes(work.optimizer, work.trained),
         notes=(
             *counted.notes,
-            *_misfits(store_bytes, free, refusal, store=config.store),
+            *_misfits(store_bytes, free, refusal, memory, host_bytes, store=config.store),
             *_bus_note(train, sizes, config.codec),
             *_basis(machine, own_model=geometry.model != DEFAULT_RELEASED.geometry.model, rollouts=config.tails),
             *([_UNTOLD] if model.is_unclear else []),
@@ -366,6 +372,7 @@ def _prefill_plan(
     *,
     stored_bytes: int,
     samples: int,
+    run_layers: int | None,
     rollouts: int,
     cap_bytes: int,
     host_bytes: int | None,
@@ -381,6 +388,7 @@ def _prefill_plan(
         rows=time_model.prefill_batch(cameras=len(prompt.cameras), frames=prompt.frames),
         ahead=CORES,
         samples=samples,
+        run_layers=run_layers,
         rollouts=rollouts > 0,
     )
     try:
@@ -396,6 +404,7 @@ def _extract_plan(
     machine: Machine,
     picture: tuple[int, int],
     *,
+    run_layers: int | None,
     recorded: int,
     samples: int,
     one_bytes: int,
@@ -404,25 +413,32 @@ def _extract_plan(
     rows = time_model.prefill_batch(cameras=cameras, frames=prompt.frames) if prefill is None else prefill.rows
     bus_s = 0.0
     if prefill is not None and prefill.home != "gpu":
-        rate = machine.bus_bytes_s if prefill.home == "ram" else FILE_BYTES_S
+        rate = machine.bus_bytes_s if prefill.home == "ram" else machine.read_bytes_s
         bus_s = prefill.streamed_bytes / rate / prefill.group
+    parameters = geometry.parameters_run(run_layers)
     seconds = {
-        "prefill_s": time_model.prefill_seconds(geometry.vlm_parameters, rows * prompt.tokens, machine.gpu) / rows,
+        "prefill_s": time_model.prefill_seconds(parameters, rows * prompt.tokens, machine.gpu) / rows,
         "reading_s": time_model.reading_seconds(recorded, picture, machine.cores),
         "write_s": one_bytes / machine.write_bytes_s,
         "bus_s": bus_s,
     }
-    hours = samples * max(seconds.values()) / 3600
+    hours = None if prefill is None else samples * max(seconds.values()) / 3600
     weights_bytes = geometry.vlm_parameters * BF16_BYTES
     return ExtractPlan(weights_bytes=weights_bytes, **seconds, hours=hours, memory=prefill)
 
 
 def stage_one(
-    device_bytes: int, host_bytes: int, family: ReleasedFamily | None = None, card: Gpu | None = None
+    device_bytes: int,
+    host_bytes: int,
+    family: ReleasedFamily | None = None,
+    card: Gpu | None = None,
+    *,
+    read_bytes_s: float = READ_BYTES_S,
 ) -> tuple[WeightsHome | None, float | None]:
     """Place of the released model's weights in stage one (one front camera, int8), and hours for 1,000 samples.
 
-    The place is None where nothing fits, and so are the hours then or without a card of known rates.
+    The place is None where nothing fits, and so are the hours then or without a card of known rates. `read_bytes_s`:
+    the rate of the disk that weights in files come from.
     """
     found, geometry = plan(PlanConfig(samples=1000, codec="int8", family=family)), released(family)[1].geometry
     picture = PlanConfig(samples=1).picture
@@ -433,6 +449,7 @@ def stage_one(
         prompt,
         stored_bytes=stored,
         samples=found.samples,
+        run_layers=None,
         rollouts=0,
         cap_bytes=device_bytes,
         host_bytes=host_bytes,
@@ -443,8 +460,9 @@ def stage_one(
         geometry,
         prompt,
         memory,
-        _machine(card, probed_folder=None),
+        replace(_machine(card, probed_folder=None), read_bytes_s=read_bytes_s),
         picture,
+        run_layers=None,
         recorded=len(found.cameras),
         samples=found.samples,
         one_bytes=stored,
@@ -536,21 +554,33 @@ def _loop_plan(
     looped_s = max(extract.prefill_s + train.step_s / batch_size, extract.reading_s)
     in_memory_s = max(train.step_s, train.copy_s + train.bus_s)
     cached_s = max(in_memory_s, train.read_s) / batch_size
+    alone = LoopPlan(
+        memory_bytes=extract.weights_bytes + memory.device_bytes,
+        hours=epochs * samples * looped_s / 3600,
+        cached_hours=None,
+        cached_memory_bytes=None,
+        break_even_epochs=None,
+        break_even_in_memory=None,
+    )
+    if extract.hours is None or extract.memory is None:
+        return alone
     saved_hours = samples * (looped_s - cached_s) / 3600
     from_disk = extract.hours / saved_hours if saved_hours > 0 else None
     later_s = in_memory_s / batch_size  # always below the loop's, which runs the VLM besides
     in_memory = (extract.hours * 3600 / samples + cached_s - later_s) / (looped_s - later_s)
-    return LoopPlan(
-        memory_bytes=extract.weights_bytes + memory.device_bytes,
-        hours=epochs * samples * looped_s / 3600,
+    return replace(
+        alone,
         cached_hours=extract.hours + train.hours,
+        cached_memory_bytes=max(extract.memory.device_bytes, memory.device_bytes),
         break_even_epochs=from_disk,
         break_even_in_memory=in_memory if from_disk is None or from_disk > 1 else from_disk,
     )
 
 
-def _misfits(store_bytes: int, free: int | None, refusal: str, *, store: str | None) -> Iterator[str]:
-    """Say what does not fit on the disk or the GPU, and what to do."""
+def _misfits(
+    store_bytes: int, free: int | None, refusal: str, memory: MemoryPlan, host_bytes: int | None, *, store: str | None
+) -> Iterator[str]:
+    """Say what does not fit on the disk, on the GPU or in RAM, and what to do."""
     if free is not None and store_bytes > free:
         yield (
             f"The store does not fit: {store_bytes / 1e9:.1f} GB against {free / 1e9:.1f} free at {store}. "
@@ -558,6 +588,8 @@ def _misfits(store_bytes: int, free: int | None, refusal: str, *, store: str | N
         )
     if refusal:
         yield f"Stage one does not fit: {refusal}"
+    if host_bytes is not None and memory.pinned > host_bytes:
+        yield f"Stage two does not fit: {told_pinned(memory, memory.pinned, host_bytes)}"
 
 
 def _bus_note(train: TrainPlan, sizes: Mapping[str, Mapping[str, int]], codec: str) -> Iterator[str]:

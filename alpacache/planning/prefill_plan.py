@@ -16,7 +16,7 @@ from alpacache.planning.time_model import prefill_seconds
 from alpacache.planning.workload import BF16_BYTES, halved
 
 WeightsHome = Literal["gpu", "ram", "files"]
-_BUS_BYTES_S, FILE_BYTES_S = 20e9, 3e9
+_BUS_BYTES_S, _FILE_BYTES_S = 20e9, 3e9
 """Rates assumed of copies from page-locked RAM, to be on the safe side, and of reads from an NVMe drive, where groups
 are chosen."""
 _SPARE = 1.5
@@ -77,6 +77,8 @@ class PrefillWork:
     """Samples that are read ahead or on their way to the store."""
     samples: int
     """Samples to extract by this process."""
+    run_layers: int | None = None
+    """Number of the text layers, from the first, that are run through; None: all."""
     itemsize: int = BF16_BYTES
     """Bytes of a weight."""
     rollouts: bool = False
@@ -140,16 +142,24 @@ class PrefillPlan:
 
 
 def place_of(
-    geometry: Geometry, itemsize: int, home: WeightsHome, *, tower_streams: bool = False, sharers: int = 1
+    geometry: Geometry,
+    itemsize: int,
+    home: WeightsHome,
+    *,
+    tower_streams: bool = False,
+    sharers: int = 1,
+    run_layers: int | None = None,
 ) -> WeightsPlace:
-    """Count what the weights of a VLM that writes no text take in this place."""
+    """Count what the weights of a VLM that writes no text take in this place.
+
+    `run_layers`: text layers, from the first, that have to come; None: all. On the GPU all are loaded first.
+    """
     sizes = geometry.vlm
     layer, tower = sizes.layer_parameters * itemsize, sizes.tower_parameters * itemsize
-    layers = layer * geometry.layers
     if home == "gpu":
-        everything = layers + tower + sizes.embedding_parameters * itemsize
+        everything = layer * geometry.layers + tower + sizes.embedding_parameters * itemsize
         return WeightsPlace(home=home, tower_streams=False, on_device=everything, on_host=0, streamed=0)
-    streamed = layers + (tower if tower_streams else 0)
+    streamed = layer * (run_layers or geometry.layers) + (tower if tower_streams else 0)
     return WeightsPlace(
         home=home,
         tower_streams=tower_streams,
@@ -198,7 +208,14 @@ def resident_plan(work: PrefillWork, rows: int) -> PrefillPlan:
 
 def streamed_plan(work: PrefillWork, home: WeightsHome, *, group: int, rows: int, tower_streams: bool) -> PrefillPlan:
     """Memory with the text layers' weights, and the vision tower's if `tower_streams`, in another home."""
-    place = place_of(work.geometry, work.itemsize, home, tower_streams=tower_streams, sharers=work.sharers)
+    place = place_of(
+        work.geometry,
+        work.itemsize,
+        home,
+        tower_streams=tower_streams,
+        sharers=work.sharers,
+        run_layers=work.run_layers,
+    )
     # A layer of the rows: computed, cut, side by side; then what the encoder makes, some of which has yet to go.
     kv = rows * work.tokens * _kv_token(work) * 5
     activations = _activations(work, rows)
@@ -272,8 +289,9 @@ def _with_room_used(work: PrefillWork, plan: PrefillPlan, *, device_bytes: int, 
 
 def hiding_group(work: PrefillWork, plan: PrefillPlan) -> int:
     """Samples that compute for longer than their weights take to arrive, on the fastest card that was measured."""
-    rate = _BUS_BYTES_S if plan.home == "ram" else FILE_BYTES_S
-    one = prefill_seconds(work.geometry.vlm_parameters, plan.rows * work.tokens, GPUS[MEASURED]) / plan.rows
+    rate = _BUS_BYTES_S if plan.home == "ram" else _FILE_BYTES_S
+    parameters = work.geometry.parameters_run(work.run_layers)
+    one = prefill_seconds(parameters, plan.rows * work.tokens, GPUS[MEASURED]) / plan.rows
     wanted = _SPARE * plan.streamed_bytes / rate / one
     return min(_MOST_GROUP, plan.rows * -(-int(wanted) // plan.rows))
 
@@ -285,12 +303,17 @@ def _fits_host(plan: PrefillPlan, host_bytes: int) -> bool:
 def _refusal(
     work: PrefillWork, least: PrefillPlan | None, *, asked: WeightsHome | None, device_bytes: int, host_bytes: int
 ) -> str:
-    if work.rollouts and (least is None or least.home == "gpu"):
-        needed = resident_plan(work, 1).device_bytes
+    if work.rollouts:
+        needed = (least or resident_plan(work, 1)).device_bytes
+        lower = "lower --batch-size, " if least is not None and least.rows > 1 else ""
+        remedy = f"Pass --reasoning none, {lower}or take a larger --memory-budget or GPU."
+        if least is None:
+            where = "in RAM" if asked == "ram" else "in the files"
+            remedy = f"With --weights {asked} they stay {where}: "
+            remedy += "leave it out." if needed <= device_bytes else "pass --reasoning none."
         return (
             f"reasoning rollouts need the VLM's weights on the GPU, {needed / 2**30:.1f} GiB with what else stage one "
-            f"takes, because each token goes through all of them; {device_bytes / 2**30:.1f} GiB are allowed. Pass "
-            "--reasoning none, or take a larger --memory-budget or GPU."
+            f"takes, because each token goes through all of them; {device_bytes / 2**30:.1f} GiB are allowed. {remedy}"
         )
     assert least is not None
     lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.table())

@@ -145,6 +145,18 @@ class MemoryPlan:
         return how + (f", moments of {self.streamed_layers} layers in RAM" if self.streamed_layers else "")
 
 
+def told_pinned(plan: MemoryPlan, locked_bytes: int, available_bytes: int, *, in_memory: bool = False) -> str:
+    """Say that RAM has no room for what would be page-locked, by all processes of the machine, and what to do."""
+    state, remedies = "", ["Free RAM", "leave --in-memory out" if in_memory else "lower --batch-size"]
+    if plan.streamed:
+        state = f", {plan.streamed / 2**30:.2f} of it optimizer state that the GPU has no room for"
+        remedies += ["raise --memory-budget", "use --trainable lora"]
+    return (
+        f"{locked_bytes / 2**30:.2f} GiB would be page-locked in RAM{state}, but {available_bytes / 2**30:.2f} GiB are "
+        f"available. {', '.join(remedies[:-1])}, or {remedies[-1]}."
+    )
+
+
 def halved(size: int) -> list[int]:
     """The size, then half of the one before, rounded up, down to 1."""
     sizes = [size]

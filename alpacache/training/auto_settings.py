@@ -25,7 +25,8 @@ from alpacache.planning.gpus import Gpu
 from alpacache.planning.machine import bus_speed, gpu_speed
 from alpacache.planning.memory_model import fastest_plan, memory_plan
 from alpacache.planning.time_model import BUS_BYTES_S, step_seconds
-from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload
+from alpacache.planning.workload import MAX_DRAWS, MemoryPlan, Workload, told_pinned
+from alpacache.torchrun import this_process
 from alpacache.training.data_order import DamagedSamples, batches_of
 from alpacache.training.run_directory import RunDirectory
 from cache_store import SampleReadError
@@ -99,12 +100,9 @@ def settle(
     sizes, recomputing = zip(*world.all_gather((plan.micro_batch, plan.checkpointing)), strict=True)
     if len(set(sizes)) > 1 or len(set(recomputing)) > 1:  # GPUs have different room
         plan = plan_for(draws=draws, micro_batch=min(sizes), checkpointing=any(recomputing))
-    if plan.streamed > (available := available_bytes()):
-        raise UsageError(
-            f"{plan.streamed / 2**30:.2f} GiB of optimizer state would be page-locked in RAM, because the GPU has no "
-            f"room for it, but {available / 2**30:.2f} GiB are available. Free RAM, raise --memory-budget, or use "
-            "--trainable lora."
-        )
+    locked, available = plan.pinned * this_process().local_world_size, available_bytes()
+    if locked > available:
+        raise UsageError(told_pinned(plan, locked, available, in_memory=work.pinned_bytes is not None))
     return plan
 
 

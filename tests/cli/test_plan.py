@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from alpacache.planning import plan as planning
+from alpacache.planning.machine import DiskSpeed
+
 PAGE = Path(__file__).parents[2] / "docs/how-to/plan-a-run.md"
 
 ASK = ("--samples", "1000", "--codec", "int8", "--epochs", "10", "--batch-size", "4", "--gpu", "4090")
@@ -39,6 +42,35 @@ def test_tables_say_what_is_an_estimate(run):
     assert "int8 * 63.3 70.0 70.0" in text
     assert "Times are estimates: measured on one H100 80GB only, scaled to GeForce RTX 4090" in text
     assert "sum, to be reserved" in text
+
+
+def test_a_stage_one_that_does_not_fit_has_no_hours(run):
+    ask = ("--samples", "1000", "--codec", "int8", "--gpu", "4080", "--memory-budget", "16GB", "--reasoning", "rollout")
+    text = " ".join(run(*ask).stdout.split())
+    assert "extract does not fit, see below weights 16.4 GiB train" in text
+    assert "both stages: stage one does not fit GPU memory of train" in text
+    assert "Stage one does not fit: reasoning rollouts need" in text
+    found = json.loads(run(*ask, "--json").stdout)
+    assert (found["extract"]["hours"], found["loop"]["cached_hours"]) == (None, None)
+
+
+def test_hours_without_generating_rollouts_are_at_least(run):
+    text = " ".join(run(*ASK, "--reasoning", "rollout").stdout.split())
+    assert re.search(r"extract at least \d\.\d min a sample .* generating rollouts is not counted weights", text)
+    assert re.search(r"both stages: at least \S+ min, 22 GiB and 201 GB of disk", text)
+    assert "from RAM, without generating rollouts" in text
+    assert "at least" not in run(*ASK).stdout
+
+
+def test_the_rate_of_weights_that_arrive_is_told(run, monkeypatch, tmp_path):
+    ask = (*ASK, "--memory-budget", "12GB")
+    assert re.search(r"in RAM, \d+ ms a sample to arrive \(assumed 25 GB/s each way\)", run(*ask).stdout)
+    speed = DiskSpeed(write_bytes_s=1e9, read_bytes_s=1.8e9, probe_bytes=2**29)
+    monkeypatch.setattr(planning, "disk_speed", lambda path: speed)
+    monkeypatch.setattr(planning, "available_bytes", lambda: 14 * 10**9)
+    monkeypatch.setattr(planning.torch.cuda, "is_available", lambda: False)
+    text = run(*ask, "--probe", "--store", tmp_path).stdout
+    assert re.search(r"in the files, \d+ ms a sample to arrive \(probed 1\.80 GB/s\)", text)
 
 
 def test_the_page_shows_what_is_printed(run):

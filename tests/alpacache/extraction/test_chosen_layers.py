@@ -122,6 +122,16 @@ def test_no_more_of_the_vlm_comes_than_is_run(tiny_checkpoint):
         assert vlm.layers == 2
 
 
+def test_memory_is_planned_for_the_layers_that_come(tiny_checkpoint, tmp_path):
+    def planned(layers):
+        values = {"source": "synthetic:1", "model": str(tiny_checkpoint), "frames": 1, "device": "cpu"}
+        values |= {"hidden_states": "none", "weights": "ram", "layers": layers, "store": str(tmp_path / str(layers))}
+        return alpacache.extract(ExtractConfig(**values)).memory
+
+    everything, half = planned(None), planned("first:2")
+    assert half.host_weights == half.streamed_bytes == everything.streamed_bytes // 2
+
+
 def test_all_layers_named_one_by_one_are_all(extract):
     assert CacheReader(extract(layers="0,1,2,3")).identity == CacheReader(extract(reasoning="none")).identity
 

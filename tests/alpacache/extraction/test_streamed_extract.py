@@ -196,6 +196,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_committed(home, tm
 
 def test_rollouts_name_the_memory_they_need(tmp_path, tiny_checkpoint):
     asked = config(tiny_checkpoint, tmp_path / "store", weights="ram", reasoning="rollout", rollouts=2)
-    with pytest.raises(UsageError, match=r"rollouts need the VLM's weights on the GPU, 0\.\d GiB .* GiB are allowed"):
+    message = r"rollouts need the VLM's weights on the GPU, 0\.\d GiB .* --weights ram they stay in RAM: leave it out"
+    with pytest.raises(UsageError, match=message):
         alpacache.extract(asked)
     assert not (tmp_path / "store").exists()

@@ -253,6 +253,72 @@ def test_a_small_card_gets_its_weights_from_ram_and_the_bus_counts():
     assert small.extract.hours >= small.samples * small.extract.bus_s / 3600
 
 
+@pytest.fixture
+def probed(tmp_path, monkeypatch):
+    """Plans probed on a machine without a GPU: a disk that reads 0.2 GB/s, and so much RAM."""
+
+    def planned(ram_bytes, **changes):
+        speed = DiskSpeed(write_bytes_s=1e9, read_bytes_s=2e8, probe_bytes=2**29)
+        monkeypatch.setattr(planning, "disk_speed", lambda path: speed)
+        monkeypatch.setattr(planning, "available_bytes", lambda: int(ram_bytes))
+        monkeypatch.setattr(planning.torch.cuda, "is_available", lambda: False)
+        return plan(
+            PlanConfig(**ASK | {"memory_budget": "12GB", "gpu": "4070"} | changes, probe=True, store=str(tmp_path))
+        )
+
+    return planned
+
+
+def test_weights_in_files_arrive_at_the_rate_of_the_disk(probed):
+    found = probed(14e9)
+    streamed = found.extract.memory
+    assert streamed.home == "files"
+    assert found.extract.bus_s == streamed.streamed_bytes / 2e8 / streamed.group
+    assert found.extract.hours == pytest.approx(1000 * found.extract.bus_s / 3600)
+    place, one = planning.stage_one(int(11.5 * 2**30), int(14e9), None, found.machine.gpu, read_bytes_s=2e8)
+    _, usual = planning.stage_one(int(11.5 * 2**30), int(14e9), None, found.machine.gpu)
+    assert place == "files"
+    assert one == pytest.approx(found.extract.hours)
+    assert usual == pytest.approx(1000 * found.extract.prefill_s / 3600)
+
+
+def test_what_stage_two_page_locks_is_held_against_ram_where_it_is_known(probed):
+    found = probed(5e9)
+    (note,) = (text for text in found.notes if text.startswith("Stage two does not fit"))
+    pinned, state = found.memory.pinned / 2**30, found.memory.streamed / 2**30
+    assert f"{pinned:.2f} GiB would be page-locked in RAM, {state:.2f} of it optimizer state" in note
+    assert "4.66 GiB are available. Free RAM, lower --batch-size, raise --memory-budget, or use --trainable" in note
+    for roomy in (probed(2e10), plan(PlanConfig(**ASK | {"memory_budget": "12GB"}))):
+        assert not any("Stage two" in text for text in roomy.notes)
+
+
+def test_nothing_is_summed_up_with_a_stage_one_that_does_not_fit():
+    found = plan(PlanConfig(**ASK | {"memory_budget": "16GB", "reasoning": "rollout"}))
+    assert found.extract.hours is None
+    loop = found.loop
+    assert loop.hours > 0
+    assert {loop.cached_hours, loop.cached_memory_bytes, loop.break_even_epochs, loop.break_even_in_memory} == {None}
+
+
+def test_both_stages_take_the_memory_of_the_larger():
+    for changes in ({}, {"memory_budget": "12GB"}):
+        found = plan(PlanConfig(**ASK | changes))
+        sizes = found.extract.memory.device_bytes, found.memory.device_bytes
+        assert found.loop.cached_memory_bytes == max(sizes)
+        assert (sizes[0] > sizes[1]) == (not changes)
+
+
+def test_layers_behind_the_last_chosen_one_neither_run_nor_come():
+    ask = ASK | {"memory_budget": "12GB", "trainable": "lora"}
+    everything, hidden = (plan(PlanConfig(**ask | changes)) for changes in ({}, {"layers": "first:6"}))
+    few = plan(PlanConfig(**ask | {"layers": "first:6", "hidden_states": "none"}))
+    assert few.extract.memory.streamed_bytes * 6 == everything.extract.memory.streamed_bytes
+    assert few.extract.memory.host_weights * 6 == everything.extract.memory.host_weights
+    assert hidden.extract.memory.streamed_bytes == everything.extract.memory.streamed_bytes
+    assert hidden.extract.prefill_s == everything.extract.prefill_s
+    assert 1 / 6 < few.extract.prefill_s / everything.extract.prefill_s < 0.4  # the tower is run through in any case
+
+
 def test_a_probe_replaces_what_was_assumed(tmp_path, monkeypatch):
     speed = DiskSpeed(write_bytes_s=5e8, read_bytes_s=3e9, probe_bytes=2**29)
     monkeypatch.setattr(planning, "disk_speed", lambda path: speed)

@@ -80,8 +80,34 @@ def test_what_fits_nowhere_is_refused_with_what_is_needed():
     assert "--memory-budget" in str(refusal.value)
     with pytest.raises(UsageError, match=r"(?s)with the weights in RAM .* leave --weights out"):
         choose(15.5, 8, asked="ram")
-    with pytest.raises(UsageError, match=r"reasoning rollouts need the VLM's weights on the GPU, 1\d\.\d GiB"):
-        choose(11.5, 64, replace(WORK, rollouts=True))
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "how", "remedy"),
+    [
+        (11.5, {}, "are allowed. Pass --reasoning none, or take a larger --memory-budget or GPU."),
+        (23.5, {"asked": "ram"}, "are allowed. With --weights ram they stay in RAM: leave it out."),
+        (11.5, {"asked": "files"}, "are allowed. With --weights files they stay in the files: pass --reasoning none."),
+        (17.0, {"exact_rows": True}, "are allowed. Pass --reasoning none, lower --batch-size, or take a larger"),
+    ],
+)
+def test_rollouts_are_refused_with_what_would_help(device_gib, how, remedy):
+    message = r"reasoning rollouts need the VLM's weights on the GPU, (\d+\.\d) GiB"
+    with pytest.raises(UsageError, match=message) as refusal:
+        choose(device_gib, 64, replace(WORK, rollouts=True), **how)
+    assert remedy in str(refusal.value)
+
+
+def test_only_the_layers_that_run_have_to_come():
+    few = replace(WORK, run_layers=6)
+    for tower_streams in (False, True):
+        places = [place_of(WORK.geometry, 2, "ram", tower_streams=tower_streams, run_layers=run) for run in (None, 6)]
+        layer = 2 * WORK.geometry.vlm.layer_parameters
+        assert places[0].streamed - places[1].streamed == places[0].on_host - places[1].on_host == 30 * layer
+        assert places[0].on_device == places[1].on_device
+    assert place_of(WORK.geometry, 2, "gpu", run_layers=6) == place_of(WORK.geometry, 2, "gpu")
+    assert (choose(15.5, 10).home, choose(15.5, 10, few).home) == ("files", "ram")
+    assert hiding_group(few, choose(15.5, 64, few)) < hiding_group(WORK, choose(15.5, 64))  # the tower takes its time
 
 
 @pytest.mark.parametrize(

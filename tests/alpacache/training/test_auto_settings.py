@@ -258,8 +258,27 @@ def test_state_goes_to_ram_where_there_is_no_room_and_one_process(released, monk
     with pytest.raises(UsageError, match="training would take"):
         settle(work, OPEN | {"draws": 1}, Beside(rank=0, size=2, device=GPU), cap=int(11.5 * 2**30))
     monkeypatch.setattr(auto_settings, "available_bytes", lambda: 2**30)
-    with pytest.raises(UsageError, match=r"GiB of optimizer state would be page-locked in RAM.* 1\.00 GiB are"):
+    with pytest.raises(UsageError, match=r"GiB would be page-locked in RAM, .* optimizer state .* 1\.00 GiB are"):
         settle(work, OPEN | {"draws": 1}, cap=int(11.5 * 2**30))
+
+
+def test_all_that_is_page_locked_has_to_fit_ram(released, monkeypatch):
+    """Batches too, and samples that stay in RAM, of all processes of this machine."""
+    work, settings = released(longest=880), OPEN | {"draws": 1}
+    plan = settle(work, settings, cap=int(11.5 * 2**30))
+    batches = plan.pinned - plan.streamed
+    assert min(batches, plan.streamed) > 2**28
+    monkeypatch.setattr(auto_settings, "available_bytes", lambda: plan.pinned - 1)
+    with pytest.raises(UsageError, match=r"lower --batch-size, raise --memory-budget, or use --trainable lora\."):
+        settle(work, settings, cap=int(11.5 * 2**30))
+    monkeypatch.setattr(auto_settings, "available_bytes", lambda: batches)
+    assert settle(work, settings).streamed == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"are available\. Free RAM, or lower --batch-size\."):
+        settle(work, settings)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(UsageError, match=r"are available\. Free RAM, or leave --in-memory out\."):
+        settle(replace(work, pinned_bytes=batches + 1), settings)
 
 
 def test_a_cpu_has_room_for_everything(work):
