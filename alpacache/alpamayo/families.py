@@ -37,6 +37,9 @@ its classes, stands before that."""
 RENAMED = frozenset({"r1", "1.5"})
 """Families whose checkpoints public scripts give each other's names: what a checkpoint holds tells them apart."""
 
+HUB_IDS = {"r1": "nvidia/Alpamayo-R1", "1.5": "nvidia/Alpamayo-1.5", "2": "nvidia/Alpamayo2-Super"}
+"""Family -> beginning of its public checkpoints' hub ids."""
+
 DEFAULT_FAMILY, RELEASED = R1, R1_RELEASED
 """The model that plans are made for where none is named."""
 

@@ -13,6 +13,8 @@ import threading
 import tomllib
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,7 @@ from alpacache.checks.check import Check, verdict
 if TYPE_CHECKING:
     from alpacache.planning.config import ReleasedFamily
     from alpacache.planning.gpus import Gpu
+    from alpacache.planning.machine import DiskSpeed
 
 SHOWN = ("torch", "transformers", "zarr", "numcodecs")
 """Packages whose versions are always shown."""
@@ -50,12 +53,13 @@ def diagnose(*, store: str | None = None, model: str | None = None, gpu: str | N
     from cache_store.storage.storage import is_uri
 
     place, card = store or ".", None if gpu is None else gpu_named(gpu)
+    speed = cache(lambda: _disk_speed(place))
     checks: dict[str, Callable[[], Check]] = {
         "python": check_python,
         "packages": check_packages,
         "optional packages": check_optional,
         "gpu": check_gpu,
-        "gpu memory": lambda: check_gpu_memory(model, card),
+        "gpu memory": lambda: check_gpu_memory(model, card, None if is_uri(place) else speed),
         "compiler": check_compiler,
         "ram": check_ram,
         "page-locking": check_page_locking,
@@ -65,7 +69,7 @@ def diagnose(*, store: str | None = None, model: str | None = None, gpu: str | N
     else:
         checks["disk space"] = lambda: check_space(place, model)
         checks["hard links"] = lambda: check_links(place)
-        checks["disk speed"] = lambda: check_speed(place)
+        checks["disk speed"] = lambda: check_speed(place, speed)
     checks["hub"] = check_hub
     if model is not None:
         checks["model"] = lambda: check_model(model)
@@ -131,20 +135,27 @@ def check_gpu() -> Check:
     return verdict("gpu", finding, fail=remedy if major < 8 else "")
 
 
-def check_gpu_memory(model: str | None = None, card: "Gpu | None" = None) -> Check:
+def check_gpu_memory(
+    model: str | None = None, card: "Gpu | None" = None, speed: "Callable[[], DiskSpeed] | None" = None
+) -> Check:
     """Free memory against the least that training the released model takes (one front camera, int8, batch 1), and where
     its stage one would have its weights, with its hours on a card that `plan` knows.
 
-    `card`: the one to judge, empty and in this machine, in place of the one that is there.
+    Args:
+        model: hub id or directory; its family's released sizes count, those of R1 where neither its config nor its name
+            tells the family.
+        card: the one to judge, empty and in this machine, in place of the one that is there.
+        speed: measures the disk that weights in files are read from; None: an assumed one.
     """
     import torch
 
     if card is None and not torch.cuda.is_available():
         return verdict("gpu memory", "no GPU", warn="See gpu; of a card that you think of, --gpu 4070 tells.")
+    from alpacache.alpamayo.families import HUB_IDS
     from alpacache.gpu.host_memory import available_bytes
     from alpacache.planning.config import allowed_bytes
     from alpacache.planning.gpus import card_of
-    from alpacache.planning.plan import least_training_bytes, stage_one
+    from alpacache.planning.plan import READ_BYTES_S, least_training_bytes, stage_one
 
     if card is None:
         free, total = torch.cuda.mem_get_info()
@@ -153,13 +164,19 @@ def check_gpu_memory(model: str | None = None, card: "Gpu | None" = None) -> Che
         free = allowed_bytes(card.memory_gb)
         room = f"{card.name}, {free / 2**30:.1f} GiB beside its context"
     family = _family_of(model)
-    home, hours = stage_one(free, available_bytes(), family, card)
-    told = "no room for extract of the released model"
+    read_bytes_s, rate = READ_BYTES_S, "an assumed"
+    with suppress(OSError):  # `disk speed` tells
+        if speed is not None:
+            read_bytes_s, rate = speed().read_bytes_s, "the disk's"
+    home, hours = stage_one(free, available_bytes(), family, card, read_bytes_s=read_bytes_s)
+    released_model = f"the released {HUB_IDS[family or 'r1']}"
+    told = f"no room for extract of {released_model}"
     if home is not None:
         where = {"gpu": "on the GPU", "ram": "in RAM", "files": "in its files"}[home]
-        told = f"extract of the released model with its weights {where}"
+        told = f"extract of {released_model} with its weights {where}"
     if hours is not None:
         told += f", about {hours:.2g} h for 1,000 samples of one camera, by data sheets"
+        told += f" and {rate} {read_bytes_s / 1e9:.2f} GB/s" if home == "files" else ""
     everything, adapters = (least_training_bytes(which, family) for which in ("all", "lora"))
     finding = f"{room}: {told}"
     remedy = "end what else is on the GPU."
@@ -174,15 +191,21 @@ def check_gpu_memory(model: str | None = None, card: "Gpu | None" = None) -> Che
 
 
 def _family_of(model: str | None) -> "ReleasedFamily | None":
-    """The family of a model whose config is on this machine, or None: the released sizes are then R1's."""
+    """The family of a model by its config, if that is on this machine, or by a public checkpoint's name.
+
+    None where neither tells it: the released sizes are then R1's.
+    """
     from alpacache.alpamayo.checkpoint import Checkpoint
+    from alpacache.alpamayo.families import HUB_IDS
     from alpacache.errors import CheckpointError
     from alpacache.planning.config import ReleasedFamily
 
+    if model is None:
+        return None
     try:
-        checkpoint = None if model is None else Checkpoint(model)
-        if checkpoint is None or checkpoint.file_here("config.json") is None:
-            return None
+        checkpoint = Checkpoint(model)
+        if checkpoint.file_here("config.json") is None:
+            return next((name for name in get_args(ReleasedFamily) if model.startswith(HUB_IDS[name])), None)
         return next((name for name in get_args(ReleasedFamily) if name == checkpoint.config.family.name), None)
     except CheckpointError:  # `model` tells
         return None
@@ -272,13 +295,19 @@ def check_object_storage(place: str) -> Check:
     return verdict("object storage", finding)
 
 
-def check_speed(place: str) -> Check:
-    """Speed of durable writes and cold reads of a temporary file."""
-    from alpacache.planning.machine import disk_speed, existing_folder
+def _disk_speed(place: str) -> "DiskSpeed":
+    from alpacache.planning.machine import disk_speed
+
+    return disk_speed(place)
+
+
+def check_speed(place: str, measure: "Callable[[], DiskSpeed]") -> Check:
+    """Speed of durable writes and cold reads of a temporary file at a place, as measured there."""
+    from alpacache.planning.machine import existing_folder
 
     folder = existing_folder(place)
     try:
-        speed = disk_speed(folder)
+        speed = measure()
     except OSError as error:
         remedy = "Give --store a directory that you may write to, with some hundred MB free."
         return verdict("disk speed", f"cannot write at {folder}: {error.strerror}", fail=remedy)

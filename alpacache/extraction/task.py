@@ -132,9 +132,12 @@ class Task:
         )
 
     def tell_prompt(self) -> None:
-        """Say what the split leaves out, which prompt the VLM will see and why, and in what precision it runs."""
+        """Say what the split leaves out, which prompt the VLM will see and why, in what precision it runs, and which
+        options are for a GPU that is not there.
+        """
         split = () if self.note is None else (self.note,)
-        for note in chain(split, _notes(self.checkpoint, self.builder, self.settings.dtype)):
+        prompt = _notes(self.checkpoint, self.builder, self.settings.dtype)
+        for note in chain(split, prompt, _without_gpu(self.prefill, self.device)):
             self.on_note(note)
 
     def first_of(self, missing: Sequence[SampleRef]) -> Callable[[], ReadSample | None]:
@@ -193,6 +196,19 @@ def _notes(checkpoint: Checkpoint, builder: InputBuilder, dtype: torch.dtype) ->
     if stored != {"F32" if dtype == torch.float32 else "BF16"}:
         runs = "float32" if dtype == torch.float32 else "bfloat16; --vlm-dtype fp32 keeps their precision"
         yield f"the VLM's weights are stored as {', '.join(sorted(stored))}, and it runs in {runs}."
+
+
+def _without_gpu(asked: PrefillSettings, device: torch.device) -> Iterator[str]:
+    """Name the options that change nothing on a CPU."""
+    resident = asked.home in (None, "gpu")
+    given = {
+        "--weights gpu": asked.home == "gpu",
+        "--memory-budget": resident and asked.budget_bytes is not None,
+        "--compile": bool(asked.compile),
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if device.type == "cpu" and names:
+        yield f"without a GPU there is no use for {', '.join(names)}."
 
 
 def _compiles(asked: PrefillSettings, device: torch.device, checkpoint: Checkpoint, *, images: int) -> bool:

@@ -18,6 +18,7 @@ from alpacache.checks.machine import diagnose
 from alpacache.gpu import host_memory
 from alpacache.planning import machine as machine_speed
 from alpacache.planning.gpus import GPUS, card_of
+from alpacache.planning.machine import DiskSpeed
 
 GIB = 2**30
 
@@ -106,10 +107,43 @@ def test_hours_of_a_known_card(gpu, monkeypatch):
     """A card that is not here is judged as an empty one in this machine."""
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 64 * GIB)
     one, other = (doctor.check_gpu_memory(card=GPUS[name]).found for name in ("4070", "4060"))
-    assert "RTX 4070, 11.5 GiB beside its context: extract of the released model with its weights in RAM" in one
+    assert (
+        "RTX 4070, 11.5 GiB beside its context: extract of the released nvidia/Alpamayo-R1 with its weights in RAM"
+        in one
+    )
     hours = [float(re.search(r"about ([0-9.]+) h for 1,000", found)[1]) for found in (one, other)]
     assert 0.1 < hours[0] < hours[1] < 1
     assert "h for 1,000" not in doctor.check_gpu_memory().found  # a GPU of another name
+
+
+def test_weights_in_files_come_at_the_rate_of_the_disk(no_gpu, monkeypatch):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 9 * GIB)
+    speed = DiskSpeed(write_bytes_s=1e9, read_bytes_s=1e8, probe_bytes=2**29)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    slow, assumed, failed = (
+        doctor.check_gpu_memory(card=GPUS["4070"], speed=how).found for how in (lambda: speed, None, full)
+    )
+    assert "weights in its files" in slow
+    assert slow.endswith("by data sheets and the disk's 0.10 GB/s")
+    assert assumed == failed
+    assert assumed.endswith("by data sheets and an assumed 1.50 GB/s")
+    hours = [float(re.search(r"about ([0-9.]+) h for 1,000", found)[1]) for found in (slow, assumed)]
+    assert hours[0] > 3 * hours[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("nvidia/Alpamayo2-Super-36B", "the released nvidia/Alpamayo2-Super "),
+        ("nvidia/Alpamayo-1.5-10B", "the released nvidia/Alpamayo-1.5 "),
+        ("owner/of-another-name", "the released nvidia/Alpamayo-R1 "),
+    ],
+)
+def test_a_model_that_is_not_here_is_judged_by_its_name_and_the_sizes_are_named(no_gpu, model, says):
+    assert says in doctor.check_gpu_memory(model, GPUS["4090"]).found
 
 
 @pytest.mark.parametrize(
@@ -196,7 +230,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
 @pytest.mark.system
 def test_a_slow_disk_warns(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "SLOW_READ_BYTES_S", 1e15)
-    assert doctor.check_speed(str(tmp_path)).status == "warn"
+    assert checks(store=str(tmp_path))["disk speed"].status == "warn"
 
 
 def test_little_ram_warns(monkeypatch):

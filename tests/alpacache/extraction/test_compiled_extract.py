@@ -62,6 +62,22 @@ def test_it_is_compiled_on_a_gpu_where_it_pays_or_as_asked(device, samples, chan
     assert task._compiles(prefill_settings(**changes), torch.device(device), None, images=4 * samples) == compiled
 
 
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"home": "gpu", "budget_bytes": 2**30, "compile": True}, ["--weights gpu, --memory-budget, --compile"]),
+        ({"home": "ram", "budget_bytes": 2**30}, []),
+        ({"budget_bytes": 2**30}, ["--memory-budget"]),
+        ({"compile": False}, []),
+    ],
+)
+def test_options_for_a_gpu_are_named_where_there_is_none(changes, names):
+    asked = prefill_settings(**changes)
+    notes = [f"without a GPU there is no use for {some}." for some in names]
+    assert list(task._without_gpu(asked, torch.device("cpu"))) == notes
+    assert list(task._without_gpu(asked, torch.device("cuda"))) == []
+
+
 def test_without_triton_nothing_is_compiled_unasked(monkeypatch):
     monkeypatch.setattr(task, "has_kernels", lambda device: False)
     assert not task._compiles(prefill_settings(), torch.device("cuda"), None, images=40_000)
