@@ -21,6 +21,7 @@ from alpacache.alpamayo.config_blocks import (
     HistoryTokenizerBlock,
     TokenId,
     check_bins,
+    pixel_limits,
     torch_dtype,
 )
 from alpacache.alpamayo.family import (
@@ -64,6 +65,7 @@ class _SuperVLM(Schema):
 
 class _SuperDiffusion(Schema):
     int_method: Literal["euler"] = "euler"
+    use_classifier_free_guidance: Literal[False] | None = None
 
 
 class _SuperExpert(Schema):
@@ -136,8 +138,7 @@ def read_nested_config(family: Family, raw: Mapping[str, Any], path: Path) -> Al
             "future": ids.future_pad,
             **ids.model_dump(include={"history_start", "future_start", "history_end", "future_end"}),
         },
-        min_pixels=config.min_pixels or SUPER_RELEASED.pixels["min_pixels"],
-        max_pixels=config.max_pixels or SUPER_RELEASED.pixels["max_pixels"],
+        **pixel_limits(config.min_pixels, config.max_pixels, SUPER_RELEASED.pixels, path),
         history=tokens,
         action_space=expert.action_space_cfg.space,
         action_in_proj=expert.action_in_proj_cfg.model_dump(exclude={"target"}),

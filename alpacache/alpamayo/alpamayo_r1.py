@@ -15,6 +15,7 @@ from alpacache.alpamayo.config_blocks import (
     HistoryTokenizerBlock,
     TokenId,
     check_bins,
+    pixel_limits,
     torch_dtype,
 )
 from alpacache.alpamayo.family import (
@@ -77,8 +78,7 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
         traj_vocab_size=config.traj_vocab_size,
         traj_token_start=config.traj_token_start_idx,
         traj_token_ids=config.traj_token_ids.model_dump(),
-        min_pixels=config.min_pixels or R1_RELEASED.pixels["min_pixels"],
-        max_pixels=config.max_pixels or R1_RELEASED.pixels["max_pixels"],
+        **pixel_limits(config.min_pixels, config.max_pixels, R1_RELEASED.pixels, path),
         history=HistoryTokens(
             first_id=config.traj_token_start_idx + future.num_bins,  # the future's bins come first
             bins=history.num_bins,

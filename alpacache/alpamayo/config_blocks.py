@@ -1,5 +1,7 @@
 """Blocks of a checkpoint's `config.json` that several families have, as schemas of what is read of them."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -8,6 +10,7 @@ from pydantic import Field, field_validator
 
 from alpacache.alpamayo.foreign_files import Count, Fraction, Number, Schema, Width
 from alpacache.driving.action_space import UnicycleActionSpace
+from alpacache.driving.sample import DT_S, FUTURE_STEPS
 from alpacache.errors import CheckpointError
 
 TokenId = Annotated[int, Field(ge=0, lt=2**20)]
@@ -41,8 +44,8 @@ class ActionSpaceBlock(_Block):
     accel_std: _Scale
     curvature_mean: Number
     curvature_std: _Scale
-    dt: _Scale = 0.1
-    n_waypoints: Count = 64
+    dt: _Scale = DT_S
+    n_waypoints: Count = FUTURE_STEPS
     theta_lambda: Fraction = 1e-6
     theta_ridge: Fraction = 1e-8
     v_lambda: Fraction = 1e-6
@@ -53,11 +56,24 @@ class ActionSpaceBlock(_Block):
     kappa_ridge: Fraction = 1e-4
     curvature_bounds: _Bounds = (-0.33, 0.33)
 
+    @field_validator("dt")
+    @classmethod
+    def _is_step(cls, dt: float) -> float:
+        if not math.isclose(dt, DT_S, rel_tol=1e-6):
+            raise ValueError(f"it is {dt:g}; samples and paths have steps of {DT_S:g} s only")
+        return dt
+
+    @field_validator("n_waypoints")
+    @classmethod
+    def _is_future(cls, n_waypoints: int) -> int:
+        if n_waypoints != FUTURE_STEPS:
+            raise ValueError(f"it is {n_waypoints}; samples and paths have {FUTURE_STEPS} waypoints only")
+        return n_waypoints
+
     @property
     def space(self) -> UnicycleActionSpace:
         """The action space with these constants, not rounded."""
-        constants = self.model_dump(exclude={"target", "dt", "n_waypoints"})
-        return UnicycleActionSpace(**constants, dt_s=self.dt, waypoints=self.n_waypoints)
+        return UnicycleActionSpace(**self.model_dump(exclude={"target", "dt", "n_waypoints"}))
 
 
 class ActionInBlock(_Block):
@@ -103,3 +119,20 @@ def check_bins(history: HistoryTokenizerBlock, path: Path) -> None:
             f"{path}: hist_traj_tokenizer_cfg has ego_xyz_min {list(history.ego_xyz_min)} and ego_xyz_max "
             f"{list(history.ego_xyz_max)}; expected each below its partner."
         )
+
+
+def pixel_limits(lowest: int | None, highest: int | None, released: Mapping[str, int], path: Path) -> dict[str, int]:
+    """`min_pixels` and `max_pixels` of a file, those of the released model where it has none.
+
+    Raises `CheckpointError` where no picture is within them.
+    """
+    limits = {
+        "min_pixels": lowest or released["min_pixels"],
+        "max_pixels": highest or released["max_pixels"],
+    }
+    if limits["min_pixels"] > limits["max_pixels"]:
+        raise CheckpointError(
+            f"{path}: max_pixels is {limits['max_pixels']}, below min_pixels, {limits['min_pixels']}; no picture has "
+            "such a size. Take both from the model that the weights are of."
+        )
+    return limits

@@ -149,6 +149,14 @@ def test_any_value_anywhere_in_the_json_files(model, super_model, data, place, v
             [4, 4, 4],
             "hist_traj_tokenizer_cfg has ego_xyz_min",
         ),
+        (
+            "config.json",
+            ("action_space_cfg", "n_waypoints"),
+            63,
+            "action_space_cfg.n_waypoints: it is 63; .* 64 way",
+        ),
+        ("config.json", ("action_space_cfg", "dt"), 0.2, r"action_space_cfg.dt: it is 0\.2; .* steps of 0\.1 s only"),
+        ("config.json", ("max_pixels",), 10, "config.json: max_pixels is 10, below min_pixels, 32768"),
         ("config.json", ("vlm_name_or_path",), "", r"config.json: vlm_name_or_path: .* 1 character"),
         ("config.json", (), [], "config.json holds a list; expected a JSON object"),
         ("vlm/config.json", ("text_config",), 3, "vlm/config.json: text_config: .*, not 3"),
@@ -184,6 +192,16 @@ def test_any_value_anywhere_in_the_json_files(model, super_model, data, place, v
 )
 def test_file_and_key_are_named(name, path, value, expected, model):
     check_refusal(model, name, path, value, expected)
+
+
+def test_a_step_that_was_rounded_on_its_way_is_a_tenth_of_a_second(model):
+    original = (model / "config.json").read_text()
+    try:
+        rounded = changed(json.loads(original), ("action_space_cfg", "dt"), 0.10000000149011612)  # 0.1 in float32
+        (model / "config.json").write_text(json.dumps(rounded))
+        assert Checkpoint(str(model)).config.action_space.dt_s == 0.1
+    finally:
+        (model / "config.json").write_text(original)
 
 
 def check_refusal(model, name, path, value, expected):
@@ -234,6 +252,18 @@ EXPERT = ("expert_config", "llm_config")
         ((*EXPERT, "rope_scaling"), 3, "expert_config.llm_config: rope_scaling: .*, not 3"),
         (("expert_config", "action_space_cfg", "accel_std"), 0, "expert_config.action_space_cfg.accel_std: "),
         (("expert_config", "action_space_cfg", "n_waypoints"), 10**9, "action_space_cfg.n_waypoints: .* 1024"),
+        (
+            ("expert_config", "action_space_cfg", "n_waypoints"),
+            63,
+            "action_space_cfg.n_waypoints: it is 63",
+        ),
+        (("expert_config", "action_space_cfg", "dt"), 0.2, "expert_config.action_space_cfg.dt: it is 0.2"),
+        (("min_pixels",), 2**17, "config.json: max_pixels is 32768, below min_pixels, 131072"),
+        (
+            ("expert_config", "diffusion_cfg", "use_classifier_free_guidance"),
+            True,
+            "config.json: expert_config.diffusion_cfg.use_classifier_free_guidance: expected False, not True",
+        ),
         (("expert_config", "action_in_proj_cfg"), None, "expert_config.action_in_proj_cfg: .*, not None"),
         (("expert_config", "diffusion_cfg", "int_method"), "heun", "diffusion_cfg.int_method: expected 'euler'"),
         (("expert_config", "expert_non_causal_attention"), False, "expert_non_causal_attention: expected True"),
