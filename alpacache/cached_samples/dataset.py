@@ -2,6 +2,8 @@
 
 import json
 import math
+import operator
+import reprlib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -77,9 +79,12 @@ class CachedDataset:
     ) -> None:
         """Open the stores; `choice` says which prefix a ring brings of a sample, by default the direct one.
 
-        Raises `UsageError` where stores do not go together, or lack the rollouts that are to be chosen from, and for
-        `samples` that choose none, `SampleReadError` where a sample cannot be read that a condition asks about.
+        Raises `UsageError` where there is no store, where stores do not go together, or lack the rollouts that are to
+        be chosen from, and for `samples` that choose none, `SampleReadError` where a sample cannot be read that a
+        condition asks about.
         """
+        if not stores:
+            raise UsageError("stores is empty; expected a directory or s3://BUCKET/PREFIX, or several.")
         self.choice = choice or PrefixChoice()
         readers = [CacheReader(store) for store in stores]
         # What needs no look at the model comes first: that takes seconds of imports.
@@ -144,19 +149,27 @@ class CachedDataset:
     def of_layers(self, layers: Sequence[int]) -> "CachedDataset":
         """The same samples with keys and values of these of the VLM's layers alone, rising; no others are fetched.
 
-        Chunks of a store are fetched whole, because that is what their checksums are of. Raises `UsageError` naming the
-        layers that a store does not have.
+        Chunks of a store are fetched whole, because that is what their checksums are of. Raises `UsageError` for what
+        is no rising choice of layers, and naming the layers that a store, or this data set, does not have.
         """
+        layers = _rising(layers)
+        if self.layers is not None and (left_out := sorted(set(layers) - set(self.layers))):
+            raise UsageError(
+                f"this data set has layers {layers_text(self.layers)} of the VLM alone; `of_layers` left "
+                f"{layers_text(left_out)} out before. Ask the data set that it was made from."
+            )
+        if layers == self.layers:
+            return self
         readers = self._readers
         for reader in readers:
             held = self.held_by(reader)
             if lost := sorted(set(layers) - set(held)):
                 raise UsageError(
-                    f"store {reader.path} has keys and values of layers {layers_text(held)} of the VLM; the expert "
-                    f"attends to layers {layers_text(lost)} as well. Extract into another store with these layers "
+                    f"store {reader.path} has keys and values of layers {layers_text(held)} of the VLM; layers "
+                    f"{layers_text(lost)} are asked for as well. Extract into another store with these layers "
                     "(`alpacache extract --layers`), or `train --from-scratch` an expert for those that are there."
                 )
-        if all(tuple(layers) == self.held_by(reader) for reader in readers):
+        if all(layers == self.held_by(reader) for reader in readers):
             return self
         if self.codec is not None and not isinstance(self.codec, LayeredCodec):
             raise UsageError(
@@ -166,7 +179,7 @@ class CachedDataset:
         chosen = copy(self)
         for name in ("layout", "_sizes", "longest", "tail_room"):
             chosen.__dict__.pop(name, None)
-        chosen.layers, chosen._ranges = tuple(layers), {}
+        chosen.layers, chosen._ranges = layers, {}
         return chosen
 
     @property
@@ -320,9 +333,16 @@ class CachedDataset:
     def load(self, index: int, *, tails: int = 0, twin: str | None = None) -> CachedSample:
         """Read one sample's prefix, the tails of its first `tails` reasoning rollouts, and one of `TWINS` if it has it.
 
-        Raises `SampleReadError` where a stored byte is not as committed or cannot be read.
+        Raises `UsageError` where its store has fewer rollouts, `SampleReadError` where a stored byte is not as
+        committed or cannot be read.
         """
         reader, sample_id = self._index[index]
+        held = tail_count(reader.fields) if tails else 0
+        if not 0 <= tails <= held:
+            raise UsageError(
+                f"tails is {tails}; store {reader.path} has {held} reasoning rollouts of each sample. Ask for at most "
+                "as many, or extract more into another store (`alpacache extract --reasoning rollout --rollouts N`)."
+            )
         names = tuple(map(tail_name, range(tails)))
         fields = [name for name in reader.fields if name.startswith(names)]
         if twin is not None:
@@ -559,6 +579,17 @@ class CachedDataset:
             return reader.shape(sample_id, f"{name}kv")
         field = f"{name}{KV_SHAPE}"
         return tuple(reader.read(sample_id, fields=[field])[field].tolist())
+
+
+def _rising(layers: Sequence[int]) -> tuple[int, ...]:
+    """`layers` as whole numbers. Raises `UsageError` unless there are some, and each is above the one before."""
+    try:
+        numbers = () if bool in map(type, layers) else tuple(map(operator.index, layers))
+    except TypeError:
+        numbers = ()
+    if not numbers or list(numbers) != sorted(set(numbers)):
+        raise UsageError(f"layers is {reprlib.repr(layers)}; expected layer numbers from 0, rising, as in (0, 6, 12).")
+    return numbers
 
 
 def _check_rollouts(store: str, reader: CacheReader, prefix: str) -> None:

@@ -141,6 +141,7 @@ class ExtractConfig(StoredConfig, SamplesConfig):
 
     def _check_together(self) -> None:
         check_blank(self.cameras, self.blank)
+        self.check_rollouts()
         worker, workers = self.shard
         expect(0 <= worker < workers, "shard", f"{worker}/{workers}", "I/N with 0 <= I < N, as in 0/4")
         expect(not (self.compile and self.deterministic), "compile", True, "off, as the run is to be deterministic")

@@ -100,6 +100,10 @@ Route = Annotated[str, Written(metavar="none|source|TEXT", read=_checked_route)]
 MemoryBudget = Annotated[str, Written(metavar="SIZE", read=_checked_budget)]
 
 
+_ROLLOUTS = 6
+"""Reasoning texts per sample unless another number is asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)  # a second base of `ExtractConfig`, so without slots
 class StoredConfig(Config):
     """Contents of a store for each sample; settings of `plan` and `extract`."""
@@ -116,8 +120,8 @@ class StoredConfig(Config):
     reasoning: Literal["none", "rollout"] = "none"
     """`rollout` stores, beside the direct prompt's KV, that of sampled reasoning texts, for `eval` and `train
     --prefix`."""
-    rollouts: Repeats = 6
-    """Reasoning texts per sample, with `rollout`."""
+    rollouts: Repeats | None = None
+    """Reasoning texts per sample, with `--reasoning rollout`. Default: 6."""
     route: Route = "none"
     """Navigation text in the prompt: the source's (`source`) or one for all samples; the KV without it, and with left
     for right, is stored beside."""
@@ -125,7 +129,14 @@ class StoredConfig(Config):
     @property
     def tails(self) -> int:
         """Reasoning rollouts that each sample is stored with."""
-        return self.rollouts if self.reasoning == "rollout" else 0
+        return (self.rollouts or _ROLLOUTS) if self.reasoning == "rollout" else 0
+
+    def check_rollouts(self) -> None:
+        """Raise `UsageError` for a number of rollouts where none are wanted."""
+        if self.rollouts is not None and not self.tails:
+            raise UsageError(
+                f"rollouts is {self.rollouts}, and reasoning is none; add --reasoning rollout, or leave --rollouts out."
+            )
 
 
 LORA_RANK = 16
@@ -230,6 +241,7 @@ class PlanConfig(StoredConfig, NewExpertConfig):
 
     def _check_together(self) -> None:
         check_blank(self.cameras, self.blank)
+        self.check_rollouts()
         self.check_new_expert()
         if self.source is None and self.samples is None:
             raise UsageError(

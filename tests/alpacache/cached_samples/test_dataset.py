@@ -40,6 +40,11 @@ def test_sizes_and_lengths_come_from_the_records(tiny_checkpoint, stores):
     assert dataset.locate(2)[1] == dataset.sample_id(2)
 
 
+def test_a_data_set_of_no_store_is_refused(tiny_checkpoint):
+    with pytest.raises(UsageError, match=r"^stores is empty; expected a directory or s3://"):
+        CachedDataset([], Checkpoint(str(tiny_checkpoint)))
+
+
 def test_stores_of_other_codecs_do_not_mix(tiny_checkpoint, stores):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     with pytest.raises(UsageError, match=r"int8 cannot be mixed with .*one:\n  codec: .*\n") as caught:

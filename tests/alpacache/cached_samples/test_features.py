@@ -12,7 +12,7 @@ from alpacache.cached_samples.features import (
     tail_arrays,
     tail_count,
 )
-from alpacache.errors import BadClipError
+from alpacache.errors import BadClipError, UsageError
 from alpacache.prefix.codecs import tensor_codec
 from cache_store import CODECS, CacheReader, verify
 
@@ -52,6 +52,9 @@ def test_only_as_many_tails_are_read_as_are_asked_for(rollout_stores, tiny_check
     data = CachedDataset([rollout_stores["bf16"]], Checkpoint(str(tiny_checkpoint)))
     assert data.load(0).tails == ()
     assert len(data.load(0, tails=2).tails) == 2
+    for tails in (4, -1):
+        with pytest.raises(UsageError, match=rf"^tails is {tails}; store .* has 3 reasoning rollouts of each sample"):
+            data.load(0, tails=tails)
 
 
 def test_the_direct_prefix_is_stored_as_without_rollouts(rollout_stores, rollout_samples):

@@ -35,7 +35,7 @@ def extract(tiny_checkpoint, tmp_path_factory):
             store = tmp_path_factory.mktemp("layers") / "store"
             values = {"source": "synthetic:2", "model": str(tiny_checkpoint), "store": str(store), "frames": 1}
             values |= {"device": "cpu", "codec": codec, "layers": layers, "hidden_states": "none"}
-            values |= {"reasoning": "none", "rollouts": 2, "deterministic": True}
+            values |= {"rollouts": 2 if changes.get("reasoning") == "rollout" else None, "deterministic": True}
             alpacache.extract(ExtractConfig(**values | changes))
             made[key] = str(store)
         return made[key]
@@ -82,13 +82,30 @@ def test_stores_of_different_layers_go_together_for_what_all_of_them_have(extrac
     assert data.held_layers == (0, 1)
     with pytest.raises(UsageError, match="stores of different layers, heads or channels cannot be mixed"):
         _ = data.layout
+    with pytest.raises(UsageError, match=r"values of layers 0, 1 of the VLM; layers 3 are asked for as well"):
+        data.of_layers((1, 3))
     data = data.of_layers((1,))
     first, second = (data.load(index).prefix for index in (0, 2))  # the same sample in either store
     assert data.sample_id(0) == data.sample_id(2)
     assert torch.equal(first.data, second.data)
     assert data.kv_bytes[0] == data.kv_bytes[2] == len(first.data)
-    with pytest.raises(UsageError, match=r"has keys and values of layers 0, 1 of the VLM; .* layers 3 as well"):
-        data.of_layers((1, 3))
+
+
+@pytest.mark.parametrize("layers", [(3, 1), (1, 1), (), (1.0,), (False, True), 3, "0,1"])
+def test_what_is_no_rising_choice_of_layers_is_refused_when_it_is_made(extract, tiny_checkpoint, layers):
+    data = CachedDataset([extract()], Checkpoint(str(tiny_checkpoint)))
+    with pytest.raises(UsageError, match=r"^layers is .*; expected layer numbers from 0, rising, as in \(0, 6, 12\)"):
+        data.of_layers(layers)
+
+
+def test_layers_that_a_data_set_left_out_are_not_given_back(extract, tiny_checkpoint):
+    data = CachedDataset([extract()], Checkpoint(str(tiny_checkpoint)))
+    few = data.of_layers(np.array([0, 1]))
+    assert few.of_layers((0, 1)) is few
+    assert few.of_layers((1,)).load(0).prefix.layers == (1,)
+    for layers in ((2,), range(4)):
+        with pytest.raises(UsageError, match=r"has layers 0, 1 of the VLM alone; `of_layers` left 2.* out before"):
+            few.of_layers(layers)
 
 
 @pytest.mark.parametrize("layers", [[0], [1, 0], [0, "x"], [True, 1]])
@@ -174,7 +191,7 @@ def test_a_new_expert_learns_the_same_from_some_layers_as_from_all_and_a_full_on
         report = alpacache.train(TrainConfig(**values | config, expert_map=(1, 3), expert_width=64))
         losses.append((report.first_loss, report.last_loss))
     assert losses[0] == losses[1]
-    lacks = r"has keys and values of layers 1, 3 of the VLM; the expert attends to layers 0, 2 as well"
+    lacks = r"has keys and values of layers 1, 3 of the VLM; layers 0, 2 are asked for as well"
     with pytest.raises(UsageError, match=lacks):
         alpacache.train(TrainConfig(**values, stores=(few,), out=str(tmp_path / "big")))
     with pytest.raises(UsageError, match=lacks):

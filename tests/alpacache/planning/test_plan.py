@@ -131,6 +131,17 @@ def test_rollouts_are_counted_at_their_longest():
     assert not any("upper bound" in text for text in plain.notes)
 
 
+def test_a_number_of_rollouts_is_refused_where_none_are_wanted():
+    extraction = {"source": "synthetic:1", "model": "m", "store": "s"}
+    assert (PlanConfig(**ASK).tails, ExtractConfig(**extraction, reasoning="rollout").tails) == (0, 6)
+    for config, values in ((PlanConfig, ASK), (ExtractConfig, extraction)):
+        assert config(**values, reasoning="rollout", rollouts=2).tails == 2
+        with pytest.raises(
+            UsageError, match="rollouts is 2, and reasoning is none; add --reasoning rollout"
+        ):
+            config(**values, rollouts=2)
+
+
 def test_training_on_rollouts_is_planned_with_their_tails():
     def planned(prefix, codec="int8"):
         return plan(PlanConfig(**ASK | {"codec": codec}, reasoning="rollout", prefix=prefix))
