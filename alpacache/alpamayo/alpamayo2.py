@@ -125,6 +125,7 @@ def read_nested_config(family: Family, raw: Mapping[str, Any], path: Path) -> Al
     named = config.include_camera_ids is not False
     prompt = replace(family.prompt, camera_names=named, frame_numbers=numbered, history_tokens=tokens.count)
     expert, turn_end = config.expert_config, config.vlm_config.text_config.eos_token_id
+    least, most = pixel_limits(config.min_pixels, config.max_pixels, SUPER_RELEASED.pixels, path)
     return AlpamayoConfig(
         raw=raw,
         family=replace(family, prompt=prompt),
@@ -138,7 +139,8 @@ def read_nested_config(family: Family, raw: Mapping[str, Any], path: Path) -> Al
             "future": ids.future_pad,
             **ids.model_dump(include={"history_start", "future_start", "history_end", "future_end"}),
         },
-        **pixel_limits(config.min_pixels, config.max_pixels, SUPER_RELEASED.pixels, path),
+        min_pixels=least,
+        max_pixels=most,
         history=tokens,
         action_space=expert.action_space_cfg.space,
         action_in_proj=expert.action_in_proj_cfg.model_dump(exclude={"target"}),

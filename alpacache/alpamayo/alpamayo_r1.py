@@ -69,6 +69,7 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
     history = config.hist_traj_tokenizer_cfg or HistoryTokenizerBlock()
     future = config.traj_tokenizer_cfg or FutureTokenizerBlock()
     _check_together(config, family, history, future, path)
+    least, most = pixel_limits(config.min_pixels, config.max_pixels, R1_RELEASED.pixels, path)
     return AlpamayoConfig(
         raw=raw,
         family=family,
@@ -78,7 +79,8 @@ def read_flat_config(family: Family, raw: Mapping[str, Any], path: Path) -> Alpa
         traj_vocab_size=config.traj_vocab_size,
         traj_token_start=config.traj_token_start_idx,
         traj_token_ids=config.traj_token_ids.model_dump(),
-        **pixel_limits(config.min_pixels, config.max_pixels, R1_RELEASED.pixels, path),
+        min_pixels=least,
+        max_pixels=most,
         history=HistoryTokens(
             first_id=config.traj_token_start_idx + future.num_bins,  # the future's bins come first
             bins=history.num_bins,

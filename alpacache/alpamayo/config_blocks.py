@@ -121,18 +121,15 @@ def check_bins(history: HistoryTokenizerBlock, path: Path) -> None:
         )
 
 
-def pixel_limits(lowest: int | None, highest: int | None, released: Mapping[str, int], path: Path) -> dict[str, int]:
+def pixel_limits(lowest: int | None, highest: int | None, released: Mapping[str, int], path: Path) -> tuple[int, int]:
     """`min_pixels` and `max_pixels` of a file, those of the released model where it has none.
 
     Raises `CheckpointError` where no picture is within them.
     """
-    limits = {
-        "min_pixels": lowest or released["min_pixels"],
-        "max_pixels": highest or released["max_pixels"],
-    }
-    if limits["min_pixels"] > limits["max_pixels"]:
+    least, most = lowest or released["min_pixels"], highest or released["max_pixels"]
+    if least > most:
         raise CheckpointError(
-            f"{path}: max_pixels is {limits['max_pixels']}, below min_pixels, {limits['min_pixels']}; no picture has "
-            "such a size. Take both from the model that the weights are of."
+            f"{path}: max_pixels is {most}, below min_pixels, {least}; no picture has such a size. Take both from the "
+            "model that the weights are of."
         )
-    return limits
+    return least, most

@@ -27,6 +27,8 @@ CHOICE = "codec_choice"
 """Key of a store's provenance: how its codec was chosen, where that was left to `extract`."""
 _LATER = ("settings", "tokens_sha256", "family_by")
 """Keys of the model's part that stores of earlier versions lack."""
+_TOLD = 3
+"""Differences between two models that are told one by one."""
 _LIBRARIES = ("torch", "transformers", "numpy", "zarr", "numcodecs", "tokenizers", "av", "pillow")
 
 
@@ -239,8 +241,9 @@ def check_same_model(checkpoint: Checkpoint, identity: Mapping[str, Any], *, sto
         raise UsageError(f"store {store} does not say which model its features are of; expected one by `extract`.")
     if "vlm" in stored:  # another's weights, which only the runs on this store have to agree in
         expected["vlm_weights_sha256"] = stored.get("vlm_weights_sha256")
-    refuse_differences(
+    _refuse_other_model(
         model_differences(expected, stored),
+        (stored.get("id"), expected["id"]),
         f"store {store} was extracted with another model than {checkpoint.model}",
         "Pass the model that the store was made with, or extract again into a new store.",
     )
@@ -282,8 +285,10 @@ def check_same_vlm(
 
 def check_base(checkpoint: Checkpoint, base: Mapping[str, Any], *, run: object) -> None:
     """Refuse to put what a run trained into another model than its `base`, as `model_identity` gave it to the run."""
-    refuse_differences(
-        model_differences(base, model_identity(checkpoint)),
+    model = model_identity(checkpoint)
+    _refuse_other_model(
+        model_differences(base, model),
+        (base.get("id"), model["id"]),
         f"{run} was trained on another base model than {checkpoint.model}",
         "Pass the model that the run was trained from.",
     )
@@ -306,6 +311,21 @@ def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[
         if isinstance(settings := model.get("settings"), Mapping):
             model["settings"] = {key: value for key, value in settings.items() if key != "family"}
     return differences(apart, same)
+
+
+def _refuse_other_model(lines: Sequence[str], ids: tuple[object, object], what: str, remedy: str) -> None:
+    """As `refuse_differences`, where many differences, or several of models of two names, are one: another model.
+
+    `ids` are the names of the model that was found and of the one that was given.
+    """
+    found, given = (str(name)[:100] for name in ids)
+    if len(lines) <= (_TOLD if found == given else 1):
+        refuse_differences(lines, what, remedy)
+        return
+    keys = list(dict.fromkeys(".".join(line.partition(": ")[0].split(".")[:2]) for line in lines))
+    told = ", ".join(keys[:_TOLD]) + (f" and {len(keys) - _TOLD} more" if keys[_TOLD:] else "")
+    names = "" if found == given else f"it is of {found}, not of {given}; "
+    raise UsageError(f"{what}: {names}{told} differ. {remedy}")
 
 
 def refuse_differences(lines: Sequence[str], what: str, remedy: str) -> None:

@@ -12,12 +12,15 @@ from alpacache.alpamayo.inputs import InputBuilder
 from alpacache.alpamayo.tiny_checkpoint import make_tiny_checkpoint
 from alpacache.cached_samples.identity import (
     as_stored,
+    check_base,
     check_same_model,
     model_differences,
+    model_identity,
     prompt_doubt,
     provenance,
     store_codec,
     store_identity,
+    vlm_identity,
 )
 from alpacache.errors import UsageError
 from cache_store import CODECS, FormatError, differences
@@ -97,6 +100,23 @@ def test_a_model_saved_again_by_transformers_is_the_same_model(identity, tiny_ch
     assert same(copy, identity)
     with pytest.raises(UsageError, match="config_sha256: expected"):
         same(copy, of_an_earlier_version(identity))
+
+
+def test_another_model_is_told_in_one_line_with_both_names(tiny_checkpoint, tiny_checkpoint_2):
+    given, other = Checkpoint(str(tiny_checkpoint)), Checkpoint(str(tiny_checkpoint_2))
+    names = f"it is of {other.model_id}, not of {given.model_id}"
+    with pytest.raises(UsageError, match=rf"^run was trained on .*: {names}; expert_sha256, .* differ\. Pass .*$"):
+        check_base(given, model_identity(other), run="run")
+    with pytest.raises(UsageError, match=rf"^store s was extracted .*: {names}; settings\.\w+, .* differ\. Pass .*$"):
+        check_same_model(given, {"model": vlm_identity(other)}, store="s")
+
+
+def test_of_models_of_one_name_that_differ_in_much_the_first_are_named(tiny_checkpoint):
+    given = Checkpoint(str(tiny_checkpoint))
+    stored = vlm_identity(given)
+    settings = stored["settings"] | {"vocab_size": 1, "min_pixels": 1, "max_pixels": 1, "traj_token_start": 1}
+    with pytest.raises(UsageError, match=r"Tiny-R1: (settings\.\w+, ){2}settings\.\w+ and 1 more differ\. Pass .*$"):
+        check_same_model(given, {"model": stored | {"settings": settings}}, store="s")
 
 
 @pytest.mark.parametrize(

@@ -136,9 +136,7 @@ def test_a_number_of_rollouts_is_refused_where_none_are_wanted():
     assert (PlanConfig(**ASK).tails, ExtractConfig(**extraction, reasoning="rollout").tails) == (0, 6)
     for config, values in ((PlanConfig, ASK), (ExtractConfig, extraction)):
         assert config(**values, reasoning="rollout", rollouts=2).tails == 2
-        with pytest.raises(
-            UsageError, match="rollouts is 2, and reasoning is none; add --reasoning rollout"
-        ):
+        with pytest.raises(UsageError, match="rollouts is 2, and reasoning is none; add --reasoning rollout"):
             config(**values, rollouts=2)
 
 
