@@ -38,6 +38,13 @@ _NEEDED = (
     ((_IMAGES,), ("processor_config.json",)),
 )
 """Files beside the VLM's config that tokenizer and processor are made of; each is there in one of these ways."""
+_READ = (
+    *(CONFIG, "generation_config.json", "*processor_config.json"),
+    *("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model"),
+    *("chat_template.json", "*.jinja"),
+)
+LOADED_FILES = (*_READ, *(f"*/{name}" for name in _READ))
+"""Patterns of all that loaders read beside the weights, in the checkpoint's directory or in a folder of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +156,8 @@ def weight_faults(checkpoint: Checkpoint, directory: Path, readable: dict[str, T
         return
     stored = {checkpoint.stored_name(name): name for name in homes}
     held: dict[str, dict[str, TensorInfo]] = {}
-    for shard in sorted({*homes.values(), *(path.name for path in directory.glob("*.safetensors"))}):
+    stray = {SINGLE} if (directory / SINGLE).exists() else set()  # no loader reads other files than these
+    for shard in sorted({*homes.values()} | stray):
         try:
             held[shard] = read_header(directory / shard)
         except CheckpointError as error:
@@ -161,8 +169,7 @@ def weight_faults(checkpoint: Checkpoint, directory: Path, readable: dict[str, T
     for shard, infos in held.items():
         expected = {checkpoint.stored_name(name) for name, home in homes.items() if home == shard}
         if not expected:
-            what = "is a file of weights that the index does not name"
-            what += "; loaders take it in place of the shards." if shard == SINGLE else "."
+            what = "is a file of weights that the index does not name; loaders take it in place of the shards."
             yield Fault(file=shard, key="", what=what, remedy="Remove it.")
             continue
         if lost := expected - infos.keys():

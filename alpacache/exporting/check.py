@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from alpacache.alpamayo.foreign_files import TensorInfo, read_json
 from alpacache.alpamayo.new_expert import begun_with
 from alpacache.alpamayo.public_layout import (
     CONFIG,
+    LOADED_FILES,
     Fault,
     companion_faults,
     config_faults,
@@ -25,14 +25,10 @@ from alpacache.alpamayo.public_layout import (
     weight_faults,
 )
 from alpacache.errors import CheckpointError, UsageError
-from alpacache.exporting.export import SMALL_FILES
 from alpacache.finite import not_finite
 from alpacache.progress import OnProgress, Progress, ignore
 from alpacache.training.run_directory import find_checkpoint, read_trained
 from alpacache.training.trainable import changed_tensors
-
-_NOT_LOADED = ("*.md", "LICENSE*", "NOTICE*", INDEX, ".*")
-"""Files that may differ from the base's: cards, texts, and the index, which is looked at by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +85,7 @@ def check_export(
             origin = None if base is None else Checkpoint(base)
             untouched = {}
             if origin is not None:
-                faults += _files_apart(path, origin, expert_only=expert_only)
+                faults += _files_apart(path, origin)
                 untouched = _untouched(origin, readable, run)
             compared = len(untouched)
             faults += _value_faults(checkpoint, readable, origin, untouched, on_progress)
@@ -114,11 +110,9 @@ def _is_expert_only(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _files_apart(path: Path, base: Checkpoint, *, expert_only: bool) -> Iterator[Fault]:
-    """Files of the base that are not there, and small ones that are not the same."""
-    for name, file in base.files(*(SMALL_FILES if expert_only else ())).items():
-        if name.endswith(".safetensors") or any(fnmatchcase(name, pattern) for pattern in _NOT_LOADED):
-            continue
+def _files_apart(path: Path, base: Checkpoint) -> Iterator[Fault]:
+    """Files of the base that loaders read beside the weights, and that are not there or not the same."""
+    for name, file in base.files(*LOADED_FILES).items():
         if not (path / name).is_file():
             what = "is not there; the base has it."
         elif (path / name).read_bytes() != file.read_bytes() and not (name == CONFIG and _is_new_expert(path, base)):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from alpacache import __version__
 from alpacache.alpamayo import Checkpoint
-from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE
+from alpacache.alpamayo.checkpoint import INDEX, ORIGIN, SINGLE, listed
 from alpacache.alpamayo.family import OWN_PARTS
 from alpacache.alpamayo.foreign_files import TensorInfo
 from alpacache.alpamayo.licence import CARD, LICENCE_FILES, card_of, licence_file_of
 from alpacache.alpamayo.new_expert import begun_with
+from alpacache.alpamayo.public_layout import LOADED_FILES
 from alpacache.cached_samples.identity import check_base, model_identity, vlm_name
 from alpacache.durable import check_out, names_in, take_back
 from alpacache.errors import CheckpointError, UsageError
@@ -28,7 +29,7 @@ from alpacache.progress import OnProgress, ignore
 from alpacache.training.run_directory import AVERAGE, MODEL, RunCheckpoint, find_checkpoint, read_trained
 
 _CONFIG = "config.json"
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*", *LICENCE_FILES)
+_SMALL_FILES = (*LOADED_FILES, "*.txt", "*.md", "LICENSE*", "NOTICE*", *LICENCE_FILES)
 """Files that go along with `expert_only`: configs, tokenizer, card, licence; no weights of any kind."""
 
 
@@ -143,7 +144,7 @@ def _expert_draft(base: Checkpoint, files: Checkpoint, *, new_bytes: int) -> Dra
 
     `files`: the base as it lies there; `base` differs from it where a run's expert has a size of its own.
     """
-    small = {_new_name(name): file for name, file in files.files(*SMALL_FILES).items() if not name.endswith(INDEX)}
+    small = {_new_name(name): file for name, file in files.files(*_SMALL_FILES).items()}
     draft = Draft(copied=small, new_bytes=new_bytes)
     if base is not files:
         del draft.copied[_CONFIG]
@@ -159,20 +160,23 @@ def _occupied(out: str) -> UsageError:
 
 
 def _full_draft(base: Checkpoint, tensors: MergedTensors) -> Draft:
-    """Every file of the base. Only weights are linked: an edit of a small file must not reach the base."""
-    files = base.files()
-    shards = [file for name, file in files.items() if "/" not in name and name.endswith(".safetensors")]
-    if wrong := misplaced(tensors.stored_infos, shards):
+    """Every file of the base but weights that no loader reads. Only weights are linked: an edit of a small file must
+    not reach the base.
+    """
+    files, shards = base.files(), {*base.names.values()}
+    if wrong := misplaced(tensors.stored_infos, (files[shard] for shard in sorted(shards))):
         raise CheckpointError(
-            f"{base.model}: {wrong[0]} and {len(wrong) - 1} more tensors are not exactly once in its .safetensors "
-            f"files, as {INDEX} says; remove files that do not belong to it, or fetch it again."
+            f"{base.model}: the files that {INDEX} names do not hold just once what it says, and nothing else: "
+            f"{listed(wrong)}. Fetch it again."
         )
     draft = Draft()
     for name, file in files.items():
         if name in tensors.changed_shards:
             draft.patched[name] = file
-        elif name != INDEX:
-            (draft.linked if name.endswith(".safetensors") else draft.copied)[_new_name(name)] = file
+        elif name in shards:
+            draft.linked[name] = file
+        elif not name.endswith((".safetensors", INDEX)):
+            draft.copied[_new_name(name)] = file
     return draft
 
 

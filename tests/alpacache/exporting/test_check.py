@@ -228,6 +228,15 @@ def test_damage_is_told_by_file_and_key(name, out, root):
     assert [fault for fault in found if fault[:2] == (file, key) and what in fault[2]], found
 
 
+def test_files_that_no_loader_reads_are_no_faults(out, root, tmp_path):
+    base = shutil.copytree(root / "Tiny-R1", tmp_path / "Tiny-R1")
+    for name in ("cases.json", "notes.txt", "picture.png"):
+        (base / name).write_text("{}")
+    for model in (base, out):
+        save_file({QUERIES: torch.zeros(1)}, model / "cases.safetensors")
+    assert check_export(str(out), base=str(base), run=str(root / "run")).faults == ()
+
+
 def test_a_link_does_not_hide_another(out, root):
     for name in ("one.txt", "two.txt"):
         (out / name).symlink_to("/etc/hostname")

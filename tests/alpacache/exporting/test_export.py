@@ -207,6 +207,33 @@ def test_a_single_file_stays_a_single_file(tmp_path, root):
     assert set(Checkpoint(str(tmp_path / "out")).names.values()) == {SINGLE}
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_files_that_no_loader_reads_stand_in_no_exports_way(single, root, tmp_path):
+    model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
+    if single:
+        save_file(tensors(model), model / SINGLE, {"format": "pt"})
+        for path in (model / FIRST, model / SECOND, model / INDEX):
+            path.unlink()
+    (model / "old").mkdir()
+    for name in ("cases", "old/model", *(() if single else ("model",))):
+        save_file({"expert.norm.weight": torch.zeros(96)}, model / f"{name}.safetensors")
+    for name in ("cases.json", "old/model.safetensors.index.json", "vlm/tokenizer.model", "NOTICE.txt"):
+        (model / name).write_text("{}")
+    export(model, root / "all", tmp_path / "full")
+    export(model, root / "all", tmp_path / "lean", expert_only=True)
+    for out, shards, copied in (
+        (tmp_path / "full", {SINGLE} if single else {FIRST, SECOND}, {"cases.json"}),
+        (tmp_path / "lean", {SINGLE}, set()),
+    ):
+        written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        assert {name for name in written if name.endswith(".safetensors")} == shards
+        unread = {"cases.json", "old/model.safetensors.index.json", "vlm/tokenizer.model", "NOTICE.txt"}
+        assert written & unread == {"vlm/tokenizer.model", "NOTICE.txt"} | copied
+        assert Checkpoint(str(out)).names
+    expected = merged(model, root / "all/best")
+    assert same({name: tensors(tmp_path / "full")[name] for name in expected}, expected)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("expert_only", [False, True])
 @pytest.mark.parametrize("which", ["all", "lora"])
@@ -244,7 +271,7 @@ def test_training_goes_on_from_an_export_whose_run_does_not_fit_the_base(root, t
     model, first, second = root / "Tiny-R1", tmp_path / "first", tmp_path / "second"
     export(model, root / "all", first)
     run = train(tmp_path, first, "more", stores=(str(root / "store"),))
-    with pytest.raises(UsageError, match=r"expert_sha256: expected .*\n  trained: expected \{.*nothing"):
+    with pytest.raises(UsageError, match=r": it is of first, not of Tiny-R1; expert_sha256, trained differ\. P"):
         export(model, run, second)
     disguised = tmp_path / "elsewhere/first"
     shutil.copytree(model, disguised)
@@ -305,7 +332,9 @@ def test_a_licence_file_of_another_name_goes_along_and_is_linked(root, tmp_path)
 
 
 def test_another_base_is_refused(root, tiny_checkpoint_15, tmp_path):
-    with pytest.raises(UsageError, match=r"another base model than .*\n  expert_sha256: .*\n  settings\."):
+    with pytest.raises(
+        UsageError, match=r"base model than .*: it is of Tiny-R1, not of .*; expert_sha256, .* differ\. Pass"
+    ):
         export(tiny_checkpoint_15, root / "all", tmp_path / "out")
     copy = shutil.copytree(root / "Tiny-R1", tmp_path / "weights")
     config = json.loads((copy / "config.json").read_text())
@@ -386,8 +415,10 @@ def test_files_have_the_modes_that_the_umask_leaves(root, tmp_path):
 
 def test_a_base_that_holds_a_tensor_twice_is_refused(root, tmp_path):
     model = shutil.copytree(root / "Tiny-R1", tmp_path / "base/Tiny-R1")
-    save_file({"expert.norm.weight": torch.zeros(96)}, model / SINGLE)
-    with pytest.raises(CheckpointError, match=r"expert\.norm\.weight and 0 more tensors are not exactly once"):
+    name = "expert.norm.weight"
+    shard = model / {FIRST: SECOND, SECOND: FIRST}[Checkpoint(str(model)).names[name]]
+    save_file(load_file(shard) | {name: torch.zeros(96)}, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"index\.json names do not hold just once .*: expert\.norm\.weight\. F"):
         export(model, root / "head", tmp_path / "out")
     assert left_beside(tmp_path / "out") == ["base"]
 
