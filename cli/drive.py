@@ -27,8 +27,9 @@ def drive(config: DriveConfig, json: bool) -> None:
     if not report.shown_paths:
         output.note("the source has no calibration of the camera that is shown: paths are drawn from above alone.")
     resumed = f", {report.resumed} of them predicted before" if report.resumed else ""
+    left_out = f", {report.left_out} moments left out" if report.left_out else ""
     lines = {
-        "film": f"{report.out}: {report.pictures} pictures{resumed}",
+        "film": f"{report.out}: {report.pictures} pictures{resumed}{left_out}",
         "recording": report.clip,
         "models": ", ".join(report.models),
     }

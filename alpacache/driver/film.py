@@ -63,6 +63,8 @@ class DriveReport:
     seconds: float
     resumed: int
     """Pictures whose paths had been predicted before."""
+    left_out: int
+    """Moments that cannot be driven from, as within a hole of a camera: the film goes on behind them."""
     models: tuple[str, ...]
     shown_paths: bool
     """False where the camera has no calibration: then paths are drawn from above alone."""
@@ -103,7 +105,8 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
     settings = _settings(asked, source=source.name, clip=clip, first_us=moments[0], drivers=others)
     draft, resumed, done = out.with_name(f".{out.name}.new"), 0, 0
     sampled: dict[str, Any] = {"paths": config.paths, "flow_steps": config.flow_steps, "seed": config.seed}
-    looks: dict[str, Any] = {"cameras": cameras, "frames": observer.frames, "shown": shown}
+    left_out: list[BadClipError] = []
+    looks: dict[str, Any] = {"cameras": cameras, "frames": observer.frames, "shown": shown, "left_out": left_out}
     with (
         naming(out.parent),
         kept_beside(out, settings, shape=(config.paths, FUTURE_STEPS, 3)) as kept,
@@ -124,16 +127,21 @@ def drive(config: DriveConfig, *, on_progress: OnProgress = ignore) -> DriveRepo
                 kept.write(t0_us, paths)
             film.add(drive_frame(_shown(track, t0_us, pictures, lens, paths, sample.route, clip)))
             done += 1
-            rate = done / (time.monotonic() - started)
-            on_progress(Progress(done=done, total=len(moments), unit="pictures", rate=rate, notes={"clip": clip}))
+            rate, passed = done / (time.monotonic() - started), done + len(left_out)
+            on_progress(Progress(done=passed, total=len(moments), unit="pictures", rate=rate, notes={"clip": clip}))
+        if not done:
+            raise left_out[0]
         film.finish(out)
         kept.remove()
+    if left_out:
+        _log.warning("%d of %d moments are left out; the first: %s", len(left_out), len(moments), left_out[0])
     return DriveReport(
         out=config.out,
         clip=clip,
         pictures=done,
         seconds=time.monotonic() - started,
         resumed=resumed,
+        left_out=len(left_out),
         models=tuple(others),
         shown_paths=lens is not None,
     )
@@ -192,8 +200,12 @@ def _seen(
     cameras: Sequence[str],
     frames: int,
     shown: str,
+    left_out: list[BadClipError],
 ) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
-    """Yield each moment's sample and the shown camera's newest picture `[3, H, W]`; several are read in one pass."""
+    """Yield each moment's sample and the shown camera's newest picture `[3, H, W]`; several are read in one pass.
+
+    Why a moment cannot be driven from is added to `left_out`.
+    """
     waiting, stamps = iter(moments), {camera: source.frame_times_us(clip, camera) for camera in cameras}
     while some := list(islice(waiting, _AT_ONCE)):
         wanted = np.unique(np.concatenate([wanted_frame_times_us(t0_us, frames) for t0_us in some]))
@@ -209,7 +221,12 @@ def _seen(
                 first = int(np.searchsorted(times, t0_us - (frames - 1) * FRAME_STEP_US, side="right")) - 1
                 # A frame is seldom taken exactly at t0: the newest one stands until the next.
                 parts[camera] = pictures[[*range(first, last), last - 1]], np.append(times[first:last], t0_us + 1)
-            yield _moment(parts, track, t0_us, frames=frames, clip=clip), parts[shown][0][-1].transpose(2, 0, 1)
+            try:
+                sample = _moment(parts, track, t0_us, frames=frames, clip=clip)
+            except BadClipError as error:
+                left_out.append(error)
+                continue
+            yield sample, parts[shown][0][-1].transpose(2, 0, 1)
 
 
 def _moment(

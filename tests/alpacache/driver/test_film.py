@@ -14,11 +14,12 @@ from alpacache.driver.driver import Driver
 from alpacache.driver.film import drive
 from alpacache.driver.observer import Observer
 from alpacache.driving.cameras import CAMERAS
-from alpacache.errors import InterruptedRunError, UsageError
+from alpacache.errors import BadClipError, InterruptedRunError, UsageError
 from alpacache.extraction.config import ExtractConfig
 from alpacache.pictures.canvas import MODEL_COLOURS
 from alpacache.pictures.drive_frame import SIZE, Shown, drive_frame
 from alpacache.sources.registry import open_source
+from alpacache.sources.synthetic import SyntheticSource
 from alpacache.training.config import TrainConfig
 
 pytestmark = pytest.mark.system  # whole films with a tiny model
@@ -173,6 +174,23 @@ def test_between_two_frames_the_older_one_is_seen_as_extract_takes_it(tiny_check
         expected = source.load(sample.ref, cameras=cameras, frames=frames)
         assert np.array_equal(sample.frames, expected.frames)
         assert np.array_equal(sample.frame_timestamps_us, expected.frame_timestamps_us)
+
+
+def test_a_hole_of_a_camera_is_left_out(tiny_checkpoint, tmp_path, monkeypatch, caplog):
+    whole = SyntheticSource.frame_times_us
+
+    def with_hole(self, clip_id, camera):
+        times = whole(self, clip_id, camera)
+        return times[(times <= 5_000_000) | (times >= 6_500_000)]
+
+    monkeypatch.setattr(SyntheticSource, "frame_times_us", with_hole)
+    settings = {"every": 0.4, "frames": 1}
+    report = drive(config(tiny_checkpoint, tmp_path / "a.mp4", begin=5.0, seconds=2.0, **settings))
+    assert (report.pictures, report.left_out) == (5, 1)
+    assert "1 of 6 moments are left out; the first: synthetic-0-000000 at 6.200 s" in caplog.text
+    with pytest.raises(BadClipError, match=r"is 1\.2\d\d s older; at most 1 s is taken"):
+        drive(config(tiny_checkpoint, tmp_path / "b.mp4", begin=6.2, seconds=0.1, **settings))
+    assert not (tmp_path / "b.mp4").exists()
 
 
 def test_what_cannot_be_played_is_refused(tiny_checkpoint, tmp_path):
