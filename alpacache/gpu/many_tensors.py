@@ -6,7 +6,7 @@ pointer and adds to it.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,3 +89,25 @@ class AddressTable:
         self._unlock = weakref.finalize(self, page_unlock, memory)
         self._unlock.atexit = False
         self._host = memory[:size_bytes].view(np.int64).reshape(shape)
+
+
+class LaunchTables:
+    """What one kernel over many tensors reads of them, kept from call to call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._numbers: dict[Hashable, AddressTable] = {}
+        self._programs: dict[tuple[tuple[int, ...], int], Tensor] = {}
+
+    def numbers(self, kind: Hashable, rows: NDArray[np.int64]) -> Tensor:
+        """A row of numbers for each tensor of a kind, on the device; see `AddressTable.put`."""
+        if kind not in self._numbers:
+            self._numbers[kind] = AddressTable(self._device)
+        return self._numbers[kind].put(rows)
+
+    def programs(self, units: Sequence[int], most: int) -> Tensor:
+        """`stretches` of tensors that have so many units, on the device."""
+        key = tuple(units), most
+        if key not in self._programs:
+            self._programs[key] = torch.from_numpy(stretches(units, most)).to(self._device)
+        return self._programs[key]

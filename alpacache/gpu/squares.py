@@ -4,13 +4,13 @@ torch's `_foreach_norm` reads 4.6 GB of gradients in 409 pieces; numbers are in 
 order of the sum does not depend on anything but the tensors' sizes.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alpacache.gpu.many_tensors import AddressTable, is_aligned, offsets, stretches
+from alpacache.gpu.many_tensors import LaunchTables, is_aligned, offsets
 
 try:
     import triton
@@ -27,33 +27,33 @@ class SquareSum:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tables: dict[Hashable, AddressTable] = {}
-        self._stretches: dict[Hashable, Tensor] = {}
+        self._tables = LaunchTables(device)
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
         """The sum over all elements, a float32 scalar; no host synchronisation."""
         if self._device.type != "cuda" or triton is None:
             return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
-        kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
-        for tensor in tensors:
-            whole = tensor.is_contiguous() and tensor.numel() % _TILE == 0 and is_aligned(tensor)
-            kinds.setdefault((tensor.dtype, whole), []).append(tensor.contiguous())
-        return torch.cat([self.partial_sums(kind, alike) for kind, alike in kinds.items()]).sum()
+        return torch.cat([self.partial_sums(kind, alike) for kind, alike in by_kind(tensors).items()]).sum()
 
     def partial_sums(self, kind: tuple[torch.dtype, bool], tensors: Sequence[Tensor]) -> Tensor:
         """Each program's sum `[programs]`, of tensors of one type that are all whole tiles, and aligned, or not."""
-        sizes = tuple(tensor.numel() for tensor in tensors)
-        if (kind, sizes) not in self._stretches:
-            found = stretches([-(-size // _TILE) for size in sizes], _TILES)
-            self._stretches[kind, sizes] = torch.from_numpy(found).to(self._device)
-        programs = self._stretches[kind, sizes]
-        rows = np.stack([offsets(tensors), np.array(sizes)], axis=1)
-        table = self._tables.setdefault(kind, AddressTable(self._device)).put(rows)
+        sizes = [tensor.numel() for tensor in tensors]
+        programs = self._tables.programs([-(-size // _TILE) for size in sizes], _TILES)
+        table = self._tables.numbers(kind, np.stack([offsets(tensors), np.array(sizes)], axis=1))
         sums = torch.empty(len(programs), dtype=torch.float32, device=self._device)
         _squares_kernel[(len(programs),)](
             tensors[0], table, programs, sums, TILE=_TILE, TILES=_TILES, EVEN=kind[1], num_warps=_WARPS
         )
         return sums
+
+
+def by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.dtype, bool], list[Tensor]]:
+    """The tensors, contiguous, by type and by whether all of a kind are whole tiles, and aligned."""
+    kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for tensor in tensors:
+        whole = tensor.is_contiguous() and tensor.numel() % _TILE == 0 and is_aligned(tensor)
+        kinds.setdefault((tensor.dtype, whole), []).append(tensor.contiguous())
+    return kinds
 
 
 if triton is not None:

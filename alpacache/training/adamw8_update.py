@@ -2,15 +2,17 @@
 
 import math
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from alpacache.errors import UsageError
-from alpacache.gpu.many_tensors import AddressTable, is_aligned, offsets, stretches
+from alpacache.gpu.many_tensors import LaunchTables, is_aligned, offsets
 from alpacache.training.optimizers import Updated
 
 try:
@@ -113,6 +115,10 @@ class Moments:
         return tensors if self.residual is None else {**tensors, "residual": self.residual}
 
 
+Kind: TypeAlias = tuple[torch.dtype, torch.dtype, bool]
+"""Parts of one kind are updated by the same compiled kernel."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """A parameter with its gradient and state, or a shard of it."""
@@ -135,8 +141,8 @@ class Part:
         return [self.weight.numel(), self.state.scales.stride(0), self.state.seed, self.state.first]
 
     @property
-    def kind(self) -> tuple[torch.dtype, torch.dtype, bool]:
-        """Parts of one kind are updated by the same compiled kernel."""
+    def kind(self) -> Kind:
+        """Types of weight and gradient, and whether it is whole tiles, and aligned."""
         whole_tiles = self.weight.numel() % (_ROWS * GROUP) == 0
         return self.weight.dtype, self.grad.dtype, whole_tiles and all(map(is_aligned, self.operands[:-1]))
 
@@ -146,26 +152,26 @@ class TritonUpdates:
 
     def __init__(self, device: torch.device, *, one_by_one: bool) -> None:
         """`one_by_one`: a kernel for each part, so that others' work on it can begin while the rest is updated."""
-        self._device, self._one_by_one = device, one_by_one
-        self._tables: dict[Hashable, AddressTable] = {}
-        self._known: dict[Hashable, tuple[Tensor, list[int]]] = {}
+        self._tables, self._one_by_one = LaunchTables(device), one_by_one
 
     def __call__(self, parts: Mapping[str, Part], scalars: Scalars, hyper: Hyperparameters, updated: Updated) -> None:
         """Enqueue the updates, by kinds; `updated` is called with a part's name when its own is."""
-        kinds: dict[Hashable, dict[str, Part]] = {}
+        kinds: dict[Kind, dict[str, Part]] = {}
         for name, part in parts.items():
             kinds.setdefault(part.kind, {})[name] = part
         for kind, alike in kinds.items():
             self._update(kind, alike, scalars, hyper, updated)
 
     def _update(
-        self, kind: Hashable, parts: Mapping[str, Part], scalars: Scalars, hyper: Hyperparameters, updated: Updated
+        self, kind: Kind, parts: Mapping[str, Part], scalars: Scalars, hyper: Hyperparameters, updated: Updated
     ) -> None:
         first = next(iter(parts.values()))
         places = [offsets(column) for column in zip(*(part.operands for part in parts.values()), strict=True)]
         rows = np.concatenate([np.stack(places, axis=1), [part.numbers for part in parts.values()]], axis=1)
-        table = self._tables.setdefault(kind, AddressTable(self._device)).put(rows)
-        programs, firsts = self._programs([part.weight.numel() for part in parts.values()])
+        table = self._tables.numbers(kind, rows)
+        tiles = [-(-part.weight.numel() // (_ROWS * GROUP)) for part in parts.values()]
+        programs = self._tables.programs(tiles, _TILES)
+        firsts = [0, *accumulate(-(-count // _TILES) for count in tiles)]
         launches, bounds = [list(parts)], [0, firsts[-1]]
         if self._one_by_one:
             launches, bounds = [[name] for name in parts], firsts
@@ -195,20 +201,11 @@ class TritonUpdates:
                 FLOOR=FLOOR,
                 RANGE=RANGE,
                 SHIFT=_SHIFT,
-                EVEN=first.kind[-1],
+                EVEN=kind[-1],
                 num_warps=_WARPS,
             )
             for name in names:
                 updated(name)
-
-    def _programs(self, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Part and first tile of each program, and each part's first program, and the end."""
-        key = tuple(sizes)
-        if key not in self._known:
-            found = stretches([-(-size // (_ROWS * GROUP)) for size in sizes], _TILES)
-            firsts = np.searchsorted(found[:, 0], np.arange(len(sizes) + 1)).tolist()
-            self._known[key] = torch.from_numpy(found).to(self._device), firsts
-        return self._known[key]
 
 
 if triton is not None:

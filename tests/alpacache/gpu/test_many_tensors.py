@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from alpacache.gpu.many_tensors import AddressTable, is_aligned, offsets, stretches
+from alpacache.gpu.many_tensors import AddressTable, LaunchTables, is_aligned, offsets, stretches
 
 
 def test_offsets_lead_from_the_first_tensor_to_each_of_the_others():
@@ -35,6 +35,16 @@ def test_table_holds_what_was_put_last():
     assert table.put(rows.copy()).tolist() == rows.tolist()
     assert table.put(rows + 1).tolist() == (rows + 1).tolist()
     assert table.put(rows[:2]).tolist() == rows[:2].tolist()
+
+
+def test_programs_are_divided_once_and_kinds_have_tables_of_their_own():
+    tables, rows = LaunchTables(torch.device("cpu")), np.arange(4).reshape(2, 2)
+    assert tables.programs([5, 1], 4).tolist() == [[0, 0], [0, 4], [1, 0]]
+    assert tables.programs([5, 1], 4) is tables.programs((5, 1), 4)
+    assert tables.programs([5, 1], 5).tolist() == [[0, 0], [1, 0]]
+    one, other = tables.numbers("one", rows), tables.numbers("other", rows + 1)
+    assert (one.tolist(), other.tolist()) == (rows.tolist(), (rows + 1).tolist())
+    assert tables.numbers("one", rows + 2) is one
 
 
 @pytest.mark.gpu

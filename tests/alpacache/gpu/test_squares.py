@@ -25,11 +25,7 @@ for sizes in ((1024 * 40, 3, 2048, 1025, 1024), (5,), (1024,)):
         given = [each.bfloat16() if place % 2 == 0 else each for place, each in enumerate(given)]
         given.append(torch.randn(64, 48, generator=generator).T)
         there = [each.to(device) for each in given]
-        kinds = {}
-        for each in there:
-            whole = each.is_contiguous() and each.numel() % squares._TILE == 0 and squares.is_aligned(each)
-            kinds.setdefault((each.dtype, whole), []).append(each.contiguous())
-        parts = [sums.partial_sums(kind, alike) for kind, alike in kinds.items()]
+        parts = [sums.partial_sums(kind, alike) for kind, alike in squares.by_kind(there).items()]
         assert all(len(part) == len(part.unique()) for part in parts)
         found = float(torch.cat(parts).double().sum())
         expected = sum(float(each.double().square().sum()) for each in given)
