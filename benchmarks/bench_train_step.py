@@ -5,9 +5,10 @@ its own under the memory cap; `planned_gib` is what `memory_plan` says of it. `s
 bf16 concatenated cache, repeated draws, expanded heads (sdpa), every kernel launched, fused AdamW. No disk, no copies
 of samples: `bench_train_e2e.py` has those. `--quick` runs a small expert on the CPU.
 
-Cases `…-11.5` and `…-15.5` are settled by `fastest_plan` as `train` settles them for a card of 12 or 16 GB, with room
-for a validation: `bus_ms` is how long the streamed state takes to come and go at the measured rate of the bus, and
-`of_slower` the longer of that and the resident step of the same batch, over the step.
+Cases `…-7.5`, `…-11.5` and `…-15.5` are settled by `fastest_plan` as `train` settles them for a card of 8, 12 or 16 GB,
+with room for a validation: `bus_ms` is how long the streamed state takes to come and go at the measured rate of the
+bus, and `of_slower` the longer of that and the resident step of the same batch, over the step. Cases `…-once` are the
+same with one backward a step, and `over_once` the rate over theirs.
 """
 
 import gc
@@ -42,9 +43,11 @@ from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
+from alpacache.training.state_in_ram import spread
 from alpacache.training.step import TrainStep
-from alpacache.training.streamed_optimizer import StreamedOptimizer, spread
+from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
+from alpacache.training.two_backwards import TwoBackwards
 from cache_store import CODECS
 
 BUDGET = "24GB"
@@ -70,7 +73,9 @@ class Case:
     stock: bool = False
     budget: str = BUDGET
     settled: bool = False
-    """Micro-batch, checkpointing, capture and home of the optimizer's state are what `fastest_plan` chooses."""
+    """All of that, and where the optimizer's state is, is what `fastest_plan` chooses."""
+    backwards: int | None = None
+    """How many a step makes, where that is not chosen."""
 
 
 CASES = [
@@ -90,18 +95,24 @@ CASES = [
     Case(name="c1-decode-twice", cameras=1, batch=16, decode_twice=True),
     Case(name="c1-one", cameras=1, batch=1),
     Case(name="c1-8", cameras=1, batch=8),
+    Case(name="c1-8-7.5", cameras=1, batch=8, budget="8GB", settled=True),
+    Case(name="c1-8-11.5-once", cameras=1, batch=8, budget="12GB", settled=True, backwards=1),
     Case(name="c1-8-11.5", cameras=1, batch=8, budget="12GB", settled=True),
     Case(name="c1-8-15.5", cameras=1, batch=8, budget="16GB", settled=True),
     Case(name="c1-16-11.5", cameras=1, batch=16, budget="12GB", settled=True),
+    Case(name="c1-16-15.5-once", cameras=1, batch=16, budget="16GB", settled=True, backwards=1),
     Case(name="c1-16-15.5", cameras=1, batch=16, budget="16GB", settled=True),
     Case(name="c4-4", cameras=4, batch=4),
     Case(name="c4-4-15.5", cameras=4, batch=4, budget="16GB", settled=True),
+    Case(name="c4-8-11.5", cameras=4, batch=8, budget="12GB", settled=True),
+    Case(name="c4-8-15.5", cameras=4, batch=8, budget="16GB", settled=True),
 ]
 QUICK = [
     Case(name="stock", cameras=1, batch=4, codec="bf16", stock=True, capture=False, compile=False),
     Case(name="c1", cameras=1, batch=4),
     Case(name="c1-two-micro", cameras=1, batch=4, micro_batch=2, draws=2),
     Case(name="c1-streamed", cameras=1, batch=4, settled=True),
+    Case(name="c1-twice", cameras=1, batch=4, settled=True, backwards=2),
 ]
 
 
@@ -167,9 +178,11 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
 
     def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
         make = partial(make_optimizer, name, betas=(0.9, 0.999), weight_decay=0.0)
-        if not plan.streamed_layers:
-            return make(parameters)
         layers = spread(layout.layers, plan.streamed_layers)
+        if plan.backwards == 2:
+            return TwoBackwards(make, parameters, layers)
+        if not layers:
+            return make(parameters)
         return StreamedOptimizer(make, parameters, layers, keep_gradients=plan.captured)
 
     learner = Learner(expert, parameters, World(rank=0, size=1, device=device), optimizer, budget_bytes=None)
@@ -215,7 +228,7 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
     if plan.streamed_layers and bus_bytes_s is not None:
         numbers |= {"bus_gb_s": bus_bytes_s / 1e9, "bus_ms": plan.streamed / bus_bytes_s * 1e3}
     chosen = {name: getattr(case, name) for name in ("micro_batch", "checkpointing", "capture")}
-    return _row(case, times, values.loss) | chosen | numbers
+    return _row(case, times, values.loss) | chosen | numbers | {"backwards": plan.backwards}
 
 
 def _plan(case: Case, work: Workload, cap: int | None, bus_bytes_s: float | None) -> MemoryPlan:
@@ -223,14 +236,23 @@ def _plan(case: Case, work: Workload, cap: int | None, bus_bytes_s: float | None
     if case.settled and cap is not None:
         gpu = gpu_speed()
         torch.cuda.empty_cache()
-        settings = {"draws": case.draws, "micro_batch": None, "checkpointing": None, "cap_bytes": cap}
-        return fastest_plan(work, **settings, gpu=gpu, bus_bytes_s=bus_bytes_s)
+        return fastest_plan(
+            work,
+            draws=case.draws,
+            micro_batch=None,
+            checkpointing=None,
+            cap_bytes=cap,
+            gpu=gpu,
+            bus_bytes_s=bus_bytes_s,
+            backwards=case.backwards,
+        )
     plan = memory_plan(
         work,
         draws=case.draws,
         micro_batch=case.micro_batch or case.batch,
         checkpointing=case.checkpointing,
         streamed_layers=work.layers // 2 if case.settled else 0,
+        backwards=case.backwards or 1,
     )
     return plan if cap is None or case.decode_twice else with_room_used(work, plan, cap_bytes=cap)
 
@@ -266,7 +288,7 @@ def _stock(case: Case, small: bool, steps: int) -> dict[str, Any]:
 
 def _is_resident(case: Case, row: Mapping[str, Any]) -> bool:
     """Tell whether a row is of the same work with nothing in the way."""
-    plain = asdict(replace(case, settled=False, budget=BUDGET, micro_batch=row["micro_batch"]))
+    plain = asdict(replace(case, settled=False, budget=BUDGET, micro_batch=row["micro_batch"], backwards=1))
     alike = all(row[name] == value for name, value in plain.items() if name not in ("name", "micro_batch"))
     return alike and "step_ms" in row
 
@@ -306,8 +328,12 @@ def main() -> None:
         row["over_stock"] = row["samples_s"] / base if base and case.cameras == 4 and "samples_s" in row else None
         if case.settled and "step_ms" in row:
             resident = [other["step_ms"] for other in rows if _is_resident(case, other)]
-            if resident and row.get("bus_ms"):
-                row |= {"resident_ms": resident[0], "of_slower": max(resident[0], row["bus_ms"]) / row["step_ms"]}
+            if resident:
+                slower = max(resident[0], row.get("bus_ms", 0.0))
+                row |= {"resident_ms": resident[0], "of_slower": slower / row["step_ms"]}
+            once = [other["samples_s"] for other in rows if other["name"] == f"{case.name}-once"]
+            if once:
+                row["over_once"] = row["samples_s"] / once[0]
         rows.append(row)
         print(json.dumps(row), flush=True)
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else hardware_name()

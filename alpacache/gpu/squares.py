@@ -5,6 +5,7 @@ order of the sum does not depend on anything but the tensors' sizes.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ _TILE, _TILES, _WARPS = 4096, 16, 4
 """Elements that a program reads at a time, and how often."""
 
 
+class PartialSums(NamedTuple):
+    """Sums that add up to that of one tensor."""
+
+    kind: tuple[torch.dtype, bool]
+    sums: Tensor
+    """`[programs]` float32."""
+
+
 class SquareSum:
     """Sums of squares of lists of tensors that are mostly the same from call to call."""
 
@@ -35,6 +44,17 @@ class SquareSum:
             return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
         return torch.cat([self.partial_sums(kind, alike) for kind, alike in by_kind(tensors).items()]).sum()
 
+    def of_each(self, tensors: list[Tensor]) -> list[PartialSums]:
+        """Partial sums of each tensor; of a list that is taken apart, `total` gives the sum of the whole to the bit."""
+        if self._device.type != "cuda" or triton is None:
+            norms = torch._foreach_norm(tensors, 2, torch.float32)
+            return [PartialSums((torch.float32, False), norm.square()[None]) for norm in norms]
+        apart = {}
+        for kind, alike in by_kind(tensors).items():
+            counts = [-(-tensor.numel() // (_TILE * _TILES)) for tensor in alike]
+            apart[kind] = iter(torch.split(self.partial_sums(kind, alike), counts))
+        return [PartialSums(kind, next(apart[kind])) for kind in map(_kind, tensors)]
+
     def partial_sums(self, kind: tuple[torch.dtype, bool], tensors: Sequence[Tensor]) -> Tensor:
         """Each program's sum `[programs]`, of tensors of one type that are all whole tiles, and aligned, or not."""
         sizes = [tensor.numel() for tensor in tensors]
@@ -47,13 +67,24 @@ class SquareSum:
         return sums
 
 
+def total(parts: Iterable[PartialSums]) -> Tensor:
+    """What `SquareSum` gives of all tensors that these are of, in their order."""
+    kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for part in parts:
+        kinds.setdefault(part.kind, []).append(part.sums)
+    return torch.cat([sums for alike in kinds.values() for sums in alike]).sum()
+
+
 def by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.dtype, bool], list[Tensor]]:
     """The tensors, contiguous, by type and by whether all of a kind are whole tiles, and aligned."""
     kinds: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
     for tensor in tensors:
-        whole = tensor.is_contiguous() and tensor.numel() % _TILE == 0 and is_aligned(tensor)
-        kinds.setdefault((tensor.dtype, whole), []).append(tensor.contiguous())
+        kinds.setdefault(_kind(tensor), []).append(tensor.contiguous())
     return kinds
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, bool]:
+    return tensor.dtype, tensor.is_contiguous() and tensor.numel() % _TILE == 0 and is_aligned(tensor)
 
 
 if triton is not None:

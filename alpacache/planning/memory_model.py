@@ -1,7 +1,8 @@
 """GPU memory that a training run takes, worked out before its first step, and the settings that make it fit.
 
 The peak is at the end of the backward or of the last forward. Gradients appear as activations go, so the two share
-memory, unless an earlier micro-batch has left gradients already, or a captured step keeps them until the next one.
+memory, unless an earlier micro-batch has left gradients already, or a captured step keeps them until the next one. With
+two backwards a step, activations stay for the second one, and gradients of a layer or two are there at a time.
 The size of activations was measured on an H100 (`benchmarks/results/`); everything else is counted.
 """
 
@@ -24,6 +25,8 @@ _GAPS = 0.02
 """Share of what a step allocates that is lost to pages nothing fills (measured)."""
 _HOLES = 0.25
 """Share of the activations that lies too scattered for gradients to reuse (measured: a tenth to a half)."""
+_LAYERS_AT_ONCE = 2
+"""Layers whose gradients are there at a time where none is kept."""
 _MARGIN = 0.03
 """Share of the cap that is left free where a slower choice does not need it: the plan is no more accurate than this."""
 _TIGHT_MARGIN, _WORTH = 0.01, 0.9
@@ -41,6 +44,7 @@ def memory_plan(
     micro_batch: int,
     checkpointing: bool,
     streamed_layers: int = 0,
+    backwards: int = 1,
     captured: bool | None = None,
 ) -> MemoryPlan:
     """Compute the memory these settings need; `captured` None: as the workload allows."""
@@ -51,10 +55,13 @@ def memory_plan(
     # With checkpointing every layer's input in float32, and one layer in full.
     activations = 4 * tokens * work.hidden * work.layers + layer if checkpointing else layer * work.layers
     gradients, moments = work.trained * BF16_BYTES, state_bytes(work.optimizer, work.trained)
+    if backwards == 2:
+        gradients = gradients * _LAYERS_AT_ONCE // work.layers
     share, largest = streamed_layers / work.layers, min(work.trained // work.layers, work.hidden * work.intermediate)
-    kept = round(gradients * share) if captured else 0
-    both = gradients - kept + activations
-    peak = both if micro_batch < work.batch_size else max(activations, gradients - kept + round(_HOLES * activations))
+    kept = round(gradients * share) if captured and backwards == 1 else 0
+    both = peak = gradients - kept + activations
+    if micro_batch == work.batch_size and backwards == 1:
+        peak = max(activations, gradients - kept + round(_HOLES * activations))
     peak = min(peak, both)
     # The widest moment of a layer's backward: gradients of gate, up and their product, and of the residual stream.
     widest = tokens * (3 * BF16_BYTES * work.intermediate + 8 * work.hidden)
@@ -66,6 +73,7 @@ def memory_plan(
         draws=draws,
         decoded_layers=LEAST_DECODED,
         streamed_layers=streamed_layers,
+        backwards=backwards,
         captured=captured,
         weights=(work.parameters + adapters) * BF16_BYTES,
         gradients=gradients,
@@ -92,30 +100,41 @@ def fastest_plan(
     cap_bytes: int,
     gpu: Gpu = GPUS[MEASURED],
     bus_bytes_s: float | None = None,
+    backwards: int | None = None,
 ) -> MemoryPlan:
     """Choose the fastest of the settings that fit; what is not None stays.
 
     `bus_bytes_s`: rate each way between RAM and the GPU, over which the optimizer's state of as many layers comes and
-    goes as there is no room for; None: all of it stays on the GPU. Raises `UsageError` where nothing fits, with what
-    the smallest settings take and what to change.
+    goes as there is no room for; None: all of it stays on the GPU, and a step makes one backward. Raises `UsageError`
+    where nothing fits, with what the smallest settings take and what to change.
     """
     sizes = halved(work.batch_size) if micro_batch is None else [min(micro_batch, work.batch_size)]
     streams = bus_bytes_s is not None and work.trainable != "head"  # the head is in no layer
     counts = range(work.layers + 1 if streams else 1)
     # With all state on the GPU a captured step is always the faster one.
-    ways = [(counts, work.captured)]
+    ways = [(counts, 1, work.captured)]
     if streams and work.captured:
-        ways.append((counts[1:], False))
+        ways.append((counts[1:], 1, False))
+    if streams:
+        ways.append((counts, 2, work.captured))
     choices = [
         [
             memory_plan(
-                work, draws=draws, micro_batch=size, checkpointing=choice, streamed_layers=count, captured=captured
+                work,
+                draws=draws,
+                micro_batch=size,
+                checkpointing=choice,
+                streamed_layers=count,
+                backwards=times,
+                captured=captured,
             )
             for count in some
         ]
         for size in sizes
         for choice in ([False, True] if checkpointing is None else [checkpointing])
-        for some, captured in ways
+        for some, times, captured in ways
+        if times == 1 or size == work.batch_size  # the norm is that of the whole batch's gradient
+        if backwards in (None, times)
     ]
 
     def seconds(plan: MemoryPlan) -> float:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -475,8 +476,10 @@ def least_training_bytes(trainable: Trainable, family: ReleasedFamily | None = N
     ask = PlanConfig(samples=1)
     prompt = planned_prompt(None, ask.cameras, frames=ask.frames, picture=ask.picture, family=family)
     work = _workload(released(family)[1].geometry, prompt.tokens, trainable, ask.lora_rank, "int8", batch_size=1)
-    layers = work.layers if trainable == "all" else 0
-    return memory_plan(work, draws=1, micro_batch=1, checkpointing=True, streamed_layers=layers).device_bytes
+    least = partial(memory_plan, work, draws=1, micro_batch=1, checkpointing=True)
+    if trainable == "all":
+        least = partial(least, streamed_layers=work.layers, backwards=2)
+    return least().device_bytes
 
 
 def _workload(

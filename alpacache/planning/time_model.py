@@ -68,8 +68,6 @@ _HEAVY_DECODED_S = 0.9e-6
 one camera), and 24 ms longer than they would with neither decoding nor the bus (8 of four)."""
 _OPTIMIZER_S = 13.2e-3
 """Seconds of gradient norm and adamw8 over all of the released expert's parameters."""
-_RECOMPUTED = 4 / 3
-"""Factor on the time of a step with checkpointing."""
 _LAUNCHED_S = 0.177
 """Seconds of a CPU core to launch a micro-batch kernel by kernel, at most: measured with layers that are not compiled,
 8 samples of 4 cameras, on an H100."""
@@ -97,13 +95,12 @@ def compute_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu) -> float:
     tokens = work.batch_size * plan.draws * FUTURE_STEPS
     arithmetic = tokens * (_TOKEN_S + _PAIR_S * work.longest) * _arithmetic(gpu)
     parts = math.ceil(work.batch_size / plan.micro_batch)
-    passes = 2 - plan.decoded_layers / work.layout.layers
+    passes = 1 + plan.backwards * (1 - plan.decoded_layers / work.layout.layers)
     decoded = work.batch_size * work.longest * passes
-    if work.layout.is_heavy:
-        arithmetic += decoded * _HEAVY_DECODED_S * _arithmetic(gpu)
-        decoded = 0.0
-    traffic = (parts * _PART_TRAFFIC_S + decoded * _DECODED_S) * _traffic(gpu)
-    return (arithmetic + parts * _PART_S + traffic) * model * (_RECOMPUTED if plan.checkpointing else 1.0)
+    each = _HEAVY_DECODED_S * _arithmetic(gpu) if work.layout.is_heavy else _DECODED_S * _traffic(gpu)
+    decoding = decoded * each * (1 + _FORWARD if plan.checkpointing else 1.0)
+    traffic = parts * _PART_TRAFFIC_S * _traffic(gpu)
+    return ((arithmetic + parts * _PART_S + traffic) * _parts_of_one(plan) + decoding) * model
 
 
 def optimizer_seconds(work: Workload, gpu: Gpu) -> float:
@@ -117,15 +114,21 @@ def bus_seconds(plan: MemoryPlan, bus_bytes_s: float) -> float:
 
 
 def step_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu, bus_bytes_s: float) -> float:
-    """Seconds of a step, with copies of state beside what they can overlap: the forward of the next step.
+    """Seconds of a step, with copies of state beside what they can overlap: the forward of the next step, or of two
+    backwards the second.
 
-    Beside the backward, the first states arrive, as many as have a place.
+    Beside the backward before that, the first states arrive, as many as have a place.
     """
     computing, updating = compute_seconds(work, plan, gpu), optimizer_seconds(work, gpu)
     if not plan.streamed:
         return computing + updating
-    forward = computing * _FORWARD / (_RECOMPUTED if plan.checkpointing else 1.0)
+    forward = computing * _FORWARD / _parts_of_one(plan)
     backward = computing - forward
+    bus = bus_seconds(plan, bus_bytes_s)
+    if plan.backwards == 2:
+        second = backward / 2
+        early = min(bus * plan.arriving / plan.streamed, computing - second)
+        return computing - second + max(second + updating, bus - early)
     if plan.captured:  # gradients are read and written once more
         kept = 2 * plan.gradients * plan.streamed_layers / work.layers
         backward += kept / (gpu.memory_gb_s * 1e9)
@@ -133,11 +136,15 @@ def step_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu, bus_bytes_s: float)
         launching = _LAUNCHED_S * math.ceil(work.batch_size / plan.micro_batch)
         backward = max(backward, launching * (1 - _FORWARD))
         forward = max(forward, launching * _FORWARD)
-    bus = bus_seconds(plan, bus_bytes_s)
     early = min(bus * plan.arriving / plan.streamed, backward)
     parts = math.ceil(work.batch_size / plan.micro_batch)
     later = forward * (1 - 1 / parts)  # the first micro-batch alone waits for updates
     return backward + later + max(forward - later + updating, bus - early)
+
+
+def _parts_of_one(plan: MemoryPlan) -> float:
+    """Time of a step's passes over the layers as a multiple of one forward and one backward."""
+    return _FORWARD + plan.backwards * (1.0 if plan.checkpointing else 1 - _FORWARD)
 
 
 def _arithmetic(gpu: Gpu) -> float:

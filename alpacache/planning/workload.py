@@ -88,8 +88,11 @@ class MemoryPlan:
     """Layers of a micro-batch that stay decoded, so that the backward need not decode them again."""
     streamed_layers: int = 0
     """Layers whose optimizer state is in RAM, and on the GPU when they are updated."""
+    backwards: int = 1
+    """2: a first one for the gradient's norm and a second one for updates, so that no layer's gradient is kept."""
     captured: bool = True
-    """True if a step is one CUDA graph; with streamed state it then keeps gradients in memory of their own."""
+    """True if a step is one CUDA graph; with streamed state and one backward it keeps gradients in memory of their
+    own."""
     weights: int
     gradients: int
     moments: int
@@ -142,6 +145,7 @@ class MemoryPlan:
     def settings(self) -> str:
         """The chosen settings, for people."""
         how = f"micro-batches of {self.micro_batch}, {'' if self.checkpointing else 'no '}checkpointing"
+        how += ", gradients made twice" if self.backwards == 2 else ""
         return how + (f", moments of {self.streamed_layers} layers in RAM" if self.streamed_layers else "")
 
 

@@ -16,6 +16,7 @@ from alpacache.training.optimizers import StepOptimizer
 from alpacache.training.run_directory import RunCheckpoint
 from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import checkpoint_tensors
+from alpacache.training.two_backwards import TwoBackwards
 
 if TYPE_CHECKING:
     from alpacache.alpamayo import ActionExpert
@@ -67,8 +68,8 @@ class Learner:
             self.average.after(step)
 
     def settle(self) -> None:
-        """Make the updates of the last step that a streamed optimizer has put off; weights and state are then its."""
-        if isinstance(self.optimizer, StreamedOptimizer):
+        """Make the updates of the last step that are put off, and wait for state that goes to RAM."""
+        if isinstance(self.optimizer, StreamedOptimizer | TwoBackwards):
             self.optimizer.settle()
 
     def checkpoint(self, state: Mapping[str, object]) -> RunCheckpoint:

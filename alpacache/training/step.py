@@ -5,7 +5,7 @@ host reads loss and norm of a step when it has already enqueued the next one. So
 whose loss or gradient is not finite, and every step from the first one on whose rows have a wrong checksum.
 
 A `StreamedOptimizer` updates some layers one step late, each just before its forward: the graph then begins with the
-updates of the step before.
+updates of the step before. `TwoBackwards` updates layers in the course of a second backward.
 
 What is not skipped cannot make finite weights infinite, so nothing is checked behind the update: the gradient's norm is
 at most `clip` (1e18), AdamW's update lr / eps times that, with lr and weight decay of at most 1 (`TrainConfig`).
@@ -13,6 +13,7 @@ Weights that are not finite all the same, as by a fault of memory, make the next
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from alpacache.gpu.capture import captured
 from alpacache.inference.prediction import flow_loss
 from alpacache.training.learner import Learner
 from alpacache.training.streamed_optimizer import StreamedOptimizer
+from alpacache.training.two_backwards import TwoBackwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class TrainStep:
         expert = self._expert = learner.expert
         self._optimizer = learner.optimizer
         self._streamed = learner.optimizer if isinstance(learner.optimizer, StreamedOptimizer) else None
+        self._twice = learner.optimizer if isinstance(learner.optimizer, TwoBackwards) else None
         waiting = frozenset() if self._streamed is None else self._streamed.waiting
         self._parameters = [parameter for name, parameter in learner.parameters.items() if name not in waiting]
         """Those whose gradients are the optimizer's no more when a step has been enqueued."""
@@ -87,7 +90,11 @@ class TrainStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cuda = expert.device.type == "cuda"
         self._capture = capture and self._cuda
+        if self._twice is not None and micro_batch < staged.size:
+            raise ValueError(f"two backwards take all {staged.size} samples at once, not {micro_batch}.")
         if compile_layers and self._cuda:
+            # A layer's backward may write over what its forward has kept, unless it is called twice.
+            torch._functorch.config.donated_buffer = self._twice is None
             for layer in expert.expert.layers:
                 layer.compile()
         if self._streamed is not None:
@@ -127,8 +134,9 @@ class TrainStep:
 
     def _compute(self) -> None:
         self._forget_gradients()
-        if self._streamed is not None:
-            self._streamed.begin()
+        for optimizer in (self._streamed, self._twice):
+            if optimizer is not None:
+                optimizer.begin()
         staged = self._staged
         all_samples = staged.size * self._shared.world.size
         losses = []
@@ -137,11 +145,13 @@ class TrainStep:
             part = slice(start, start + self._micro_batch)
             flow = staged.action[part], staged.noise[part], staged.t[part]
             loss = flow_loss(self._expert, *flow, staged.prefixes(part), causal=self._causal)
-            (loss.sum() / all_samples).backward()  # type: ignore[no-untyped-call]
+            mean = loss.sum() / all_samples
+            with nullcontext() if self._twice is None else self._twice.summing():
+                mean.backward(retain_graph=self._twice is not None)  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         each = torch.cat(losses)
         self._shared.finish_sum()
-        squared_norm = self._shared.squared_norm()
+        squared_norm = (self._shared if self._twice is None else self._twice).squared_norm()
         damaged = torch.count_nonzero(staged.rows.damage).float()
         sums = torch.stack([each.sum() / all_samples, squared_norm, staged.stop, damaged])
         self._shared.world.all_reduce(sums)
@@ -149,11 +159,16 @@ class TrainStep:
         norm = squared_norm.sqrt()
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0)
         bad = ~(torch.isfinite(total) & torch.isfinite(norm)) | (damaged > 0)
-        self._optimizer.step(lr=staged.lr, scale=scale, skip=bad | self._dry, updated=self._shared.gather_updated)
+        scalars = {"lr": staged.lr, "scale": scale, "skip": bad | self._dry}
+        if self._twice is not None:
+            with self._twice.updating(**scalars):
+                mean.backward(inputs=self._twice.in_layers)  # type: ignore[no-untyped-call]
+        self._optimizer.step(**scalars, updated=self._shared.gather_updated)
         self._shared.finish_update()
         self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
-        if self._streamed is not None:
-            self._streamed.end()
+        for optimizer in (self._streamed, self._twice):
+            if optimizer is not None:
+                optimizer.end()
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:

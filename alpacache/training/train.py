@@ -52,9 +52,11 @@ from alpacache.training.run_inputs import RunInputs
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
 from alpacache.training.run_names import CONFIG, MEMORY, SAMPLES
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
+from alpacache.training.state_in_ram import spread
 from alpacache.training.step import StepResult, TrainStep
-from alpacache.training.streamed_optimizer import StreamedOptimizer, spread
+from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
+from alpacache.training.two_backwards import TwoBackwards
 from alpacache.training.validation import Validation
 from cache_store import SampleReadError, UnreachableStoreError
 
@@ -279,9 +281,11 @@ class _Run:
 
         def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
             make = partial(make_optimizer, config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
-            if not self.plan.streamed_layers:
-                return make(parameters, shards=shards)
             layers = spread(len(expert.expert.layers), self.plan.streamed_layers)
+            if self.plan.backwards == 2:
+                return TwoBackwards(make, parameters, layers)
+            if not layers:
+                return make(parameters, shards=shards)
             return StreamedOptimizer(make, parameters, layers, keep_gradients=self.plan.captured)
 
         return Learner(expert, parameters, world, optimizer, budget_bytes=config.budget_bytes)

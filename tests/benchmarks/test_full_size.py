@@ -146,8 +146,9 @@ def test_the_quick_benchmark(quick):
 @pytest.mark.ci
 def test_the_quick_step_benchmark(quick, tmp_path):
     rows = {row["name"]: row for row in quick("bench_train_step.py", cwd=tmp_path)}
-    assert list(rows) == ["stock", "c1", "c1-two-micro", "c1-streamed"]
-    assert rows["c1-streamed"]["streamed_layers"] == 2
+    assert list(rows) == ["stock", "c1", "c1-two-micro", "c1-streamed", "c1-twice"]
+    assert [rows[name]["streamed_layers"] for name in ("c1-streamed", "c1-twice")] == [2, 2]
+    assert rows["c1-twice"]["backwards"] == 2
     assert all(row["step_ms"] > 0 and np.isfinite(row["loss"]) for row in rows.values())
 
 

@@ -79,7 +79,7 @@ def test_no_gpu_fails_and_says_why(no_gpu, tmp_path):
     assert found["page-locking"].status == found["compiler"].status == "ok"
 
 
-@pytest.mark.parametrize(("free_gib", "status", "says"), [(79, "ok", ""), (8, "warn", "lora"), (3, "fail", "end what")])
+@pytest.mark.parametrize(("free_gib", "status", "says"), [(8, "ok", ""), (5, "warn", "lora"), (3, "fail", "end what")])
 def test_gpu_memory_against_what_training_takes(gpu, free_gib, status, says):
     gpu.memory = (free_gib * GIB, 80 * GIB)
     found = doctor.check_gpu_memory()

@@ -30,6 +30,8 @@ for sizes in ((1024 * 40, 3, 2048, 1025, 1024), (5,), (1024,)):
         found = float(torch.cat(parts).double().sum())
         expected = sum(float(each.double().square().sum()) for each in given)
         assert abs(found / expected - 1) < 1e-5, (sizes, found, expected)
+        apart = [squares.SquareSum(device).of_each(some) for some in (there[:2], there[2:]) if some]
+        assert torch.equal(squares.total(part for some in apart for part in some), sums(there))
         if device.type == "cuda":
             assert torch.equal(sums(there), sums(there))
             assert abs(float(sums(there)) / expected - 1) < 1e-5

@@ -231,7 +231,8 @@ def test_what_cannot_fit_is_refused():
     with pytest.raises(UsageError, match=r"Lower --batch-size to \d+"):
         plan(PlanConfig(**ASK | {"cameras": SLOTS, "batch_size": 64}))
     with pytest.raises(UsageError, match="--trainable lora"):
-        plan(PlanConfig(**ASK | {"memory_budget": "8GB", "batch_size": 1}))
+        plan(PlanConfig(**ASK | {"memory_budget": "5GB", "batch_size": 1}))
+    assert plan(PlanConfig(**ASK | {"memory_budget": "8GB", "batch_size": 1})).memory_bytes < 7.5 * 2**30
     assert plan(PlanConfig(**ASK | {"memory_budget": "12GB", "trainable": "lora"})).memory_bytes < 11.5 * 2**30
 
 
@@ -374,7 +375,7 @@ def test_where_the_bus_decides_fewer_bytes_are_named():
 
 def test_least_memory_of_training():
     everything, adapters = (planning.least_training_bytes(which) / 2**30 for which in ("all", "lora"))
-    assert 8.5 < everything < 9.5  # with the optimizer's state in RAM
+    assert 4.8 < everything < 5.5  # with the optimizer's state in RAM and no gradient kept
     assert 4.5 < adapters < 7
 
 

@@ -115,6 +115,29 @@ def test_the_bus_is_hidden_by_the_forward_and_by_places(work):
     assert slow == pytest.approx(0.2778 * (1 - 4 / 144) + compute_seconds(load, whole, H100) * 2 / 3, rel=0.03)
 
 
+def test_a_second_backward_takes_two_thirds_more_and_hides_the_bus(work):
+    load = work(longest=880)
+    once, twice, both = (
+        memory_plan(load, draws=1, micro_batch=8, checkpointing=checkpointing, backwards=backwards, streamed_layers=0)
+        for backwards, checkpointing in ((1, False), (2, False), (2, True))
+    )
+    never, always = (
+        [compute_seconds(load, dataclasses.replace(plan, decoded_layers=kept), H100) for plan in (once, twice, both)]
+        for kept in (0, 36)
+    )
+    decoding = never[0] - always[0]  # once more
+    base = always[0] - decoding
+    assert always[1] - decoding == pytest.approx(base * 5 / 3)
+    assert always[2] - decoding * 4 / 3 == pytest.approx(base * 7 / 3)
+    assert never[1] - always[1] == pytest.approx(2 * decoding)
+    some = memory_plan(load, draws=1, micro_batch=8, checkpointing=False, backwards=2, streamed_layers=9)
+    resident = step_seconds(load, twice, H100, 25e9)
+    assert step_seconds(load, some, H100, 1e15) == pytest.approx(resident)
+    bus = bus_seconds(some, 25e9)
+    first = compute_seconds(load, twice, H100) * 3 / 5  # a forward and a backward of 1/3 + 2/3 + 2/3
+    assert step_seconds(load, some, H100, 25e9) == pytest.approx(first + bus * (1 - 4 / 36), rel=0.02)
+
+
 def test_gpus_are_found_by_what_people_call_them():
     assert gpu_named("RTX 4090") is GPUS["4090"]
     with pytest.raises(UsageError, match=r"known: h100, .*--probe"):
