@@ -19,13 +19,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import full_size
 import torch
 from benchmark_report import arguments, finish, hardware_name
-from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS
+from full_size import HEAD_DIM, KV_HEADS, PREFIX_TOKENS, RandomKV
 
 from alpacache import flow_matching
 from alpacache.alpamayo.expert import ActionExpert
@@ -41,6 +41,7 @@ from alpacache.planning.workload import MemoryPlan, Workload
 from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
+from alpacache.prefix.transform import TransformTensorCodec
 from alpacache.training.learner import Learner
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.state_in_ram import spread
@@ -48,9 +49,11 @@ from alpacache.training.step import TrainStep
 from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
 from alpacache.training.two_backwards import TwoBackwards
-from cache_store import CODECS
+from cache_store import CODECS, TransformCodec
 
 BUDGET = "24GB"
+_LARGEST = 1.3
+"""Bytes of the largest sample of the codec transform, as a multiple of what its rate says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,8 @@ CASES = [
     Case(name="c4-draws8-checkpointing", cameras=4, batch=8, draws=8, checkpointing=True),
     Case(name="c4-lora", cameras=4, batch=4, trainable="lora"),
     Case(name="c1", cameras=1, batch=16),
+    Case(name="c4-transform", cameras=4, batch=8, codec="transform:2.2"),
+    Case(name="c1-transform", cameras=1, batch=16, codec="transform:2.2"),
     Case(name="c1-decode-twice", cameras=1, batch=16, decode_twice=True),
     Case(name="c1-one", cameras=1, batch=1),
     Case(name="c1-8", cameras=1, batch=8),
@@ -117,17 +122,25 @@ QUICK = [
 
 
 def random_rows(case: Case, layout: PrefixLayout, lengths: list[int], device: torch.device) -> PrefixRows:
-    """Two batches of stored samples; layers of a sample are alike."""
+    """Two batches of stored samples; layers of a sample are alike, but for those of the codec transform."""
     rows = PrefixRows(layout, max(lengths), batch_size=case.batch, device=device)
     for place, length in enumerate(lengths):
         one = torch.randn(1, 2, KV_HEADS, length, HEAD_DIM, device=device, dtype=torch.bfloat16)
         kv = one.expand(layout.layers, -1, -1, -1, -1)
-        if layout.codec is None:
+        if isinstance(layout.codec, TransformCodec):
+            row = TransformTensorCodec(layout.codec).encode(*_random_kv(layout.layers, device).kv(length))
+        elif layout.codec is None:
             row = kv.to(layout.dtype).contiguous().flatten().view(torch.uint8)
         else:
             row = tensor_codec(layout.codec).encode(kv).flatten()
         rows.data[place, : len(row)] = rows.data[case.batch + place, : len(row)] = row
     return rows
+
+
+@cache
+def _random_kv(layers: int, device: torch.device) -> RandomKV:
+    """What a codec learns from, and then the samples."""
+    return RandomKV(layers, KV_HEADS, HEAD_DIM, device)
 
 
 def run_case(case: Case, small: bool, steps: int) -> dict[str, Any]:
@@ -144,8 +157,13 @@ def _setting(case: Case, small: bool) -> tuple[ActionExpert, PrefixLayout, list[
     expert = full_size.random_expert(device, dtype, small=small).train()
     shortest, longest = (80, 88) if small else PREFIX_TOKENS[case.cameras]
     lengths = [round(value) for value in torch.linspace(shortest, longest, case.batch).tolist()]
-    layers, codec = len(expert.expert.layers), CODECS.get(case.codec)
-    layout = PrefixLayout(layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, codec=codec, dtype=dtype)
+    layers, codec, most_bytes = len(expert.expert.layers), CODECS.get(case.codec), None
+    if (wanted := TransformCodec.named(case.codec)) is not None:
+        codec = full_size.learnt(wanted.rate, _random_kv(layers, device), shortest)
+        most_bytes = round(_LARGEST * codec.expected_bytes((layers, 2, KV_HEADS, longest, HEAD_DIM)))
+    layout = PrefixLayout(
+        layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, codec=codec, dtype=dtype, most_bytes=most_bytes
+    )
     return expert, layout, [*lengths[:-1], longest], device
 
 

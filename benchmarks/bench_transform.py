@@ -25,7 +25,7 @@ from torch import Tensor
 from alpacache.prefix import transform_kernels
 from alpacache.prefix.calibration import KVSample, calibrate
 from alpacache.prefix.codecs import tensor_codec
-from alpacache.prefix.layers_ahead import decode
+from alpacache.prefix.layers_ahead import decode, decode_groups
 from alpacache.prefix.packed import PackedPrefixes, pack
 from alpacache.prefix.prefix import EncodedPrefix
 from cache_store import TransformCodec
@@ -61,12 +61,27 @@ def check(codec: TransformCodec, model: RandomKV, lengths: list[int]) -> Iterato
     if not worst <= 1:
         raise SystemExit(f"the GPU decodes {worst} bfloat16 steps of a token's largest number beside the reference.")
     yield {"check": "decoded", "tokens": sum(lengths), "steps": worst, "alike": alike / total}
+    yield {"check": "together", "same": together_same(batch)}
     broken = batch.data.clone()
     broken[:, 12 * max(lengths) :: 7] ^= 0x55
     decode(PackedPrefixes(**{**batch.__dict__, "data": broken}), 0)
     if device.type == "cuda":
         torch.cuda.synchronize()
         yield {"check": "captured", "same": captured_same(batch)}
+
+
+def together_same(batch: PackedPrefixes) -> bool:
+    """Streams of several groups that are read in one go give what each gives alone."""
+    firsts = range(0, batch.layout.layers, batch.layout.tensor_codec.layers_together)
+    alone = [decode(batch, layer) for layer in firsts]
+    several = [torch.empty_like(one) for one in alone]
+    decode_groups(batch, 0, several)
+    for first, one, other in zip(firsts, alone, several, strict=True):
+        for place, count in enumerate(batch.lengths.tolist()):
+            a, b = (layers_of(batch, first, x)[place][:, :, :count] for x in (one, other))
+            if not torch.equal(a, b):
+                raise SystemExit("groups that are decoded together have other bits.")
+    return True
 
 
 def captured_same(batch: PackedPrefixes) -> bool:
@@ -127,19 +142,16 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def speed(codec: TransformCodec, model: RandomKV, tokens: int, samples: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Rows of decoding a batch and encoding a sample; a layer after the other, as in a step."""
+    """Rows of decoding a batch, all layers as in a step, and encoding a sample."""
     kv, positions = model.kv(tokens)
     data = tensor_codec(codec).encode(kv, positions).cpu()  # type: ignore[call-arg]
     lengths: dict[str, Any] = {"prefix_len": tokens, "start_position": tokens, "rope_delta": 0}
     prefix = EncodedPrefix(data=data, codec=codec, shape=tuple(kv.shape), **lengths)
     batch = pack([prefix] * samples, device=model.device, dtype=torch.bfloat16)
-    scratch = decode(batch, 0)
-    together, size_gb = codec.calibrated.together, kv.numel() * 2 / 1e9
+    size_gb = kv.numel() * 2 / 1e9
+    scratch = [decode(batch, layer) for layer in range(0, model.layers, codec.calibrated.together)]
     common = {"tokens": tokens, "samples": samples, "bits": len(data) * 8 / kv.numel()}
-    groups = range(0, model.layers, together)
-    ms = milliseconds(
-        captured(lambda: [decode(batch, layer, scratch) for layer in groups], model.device), model.device, repeats
-    )
+    ms = milliseconds(captured(lambda: decode_groups(batch, 0, scratch), model.device), model.device, repeats)
     yield {"speed": "decode", **common, "ms": ms, "gb_s": samples * size_gb / ms * 1e3}
     ms = milliseconds(lambda: transform_kernels.encode(codec, kv, positions), model.device, repeats)
     yield {"speed": "encode", **common, "samples": 1, "ms": ms, "gb_s": size_gb / ms * 1e3}

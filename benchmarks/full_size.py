@@ -242,7 +242,7 @@ def write_store(
     random = RandomKV(expert_config(checkpoint).num_hidden_layers, KV_HEADS, HEAD_DIM, device())
     definition: KVCodec | None = CODECS.get(codec)
     if (wanted := TransformCodec.named(codec)) is not None:
-        definition = _learnt(wanted.rate, random, int(lengths.mean()))
+        definition = learnt(wanted.rate, random, int(lengths.mean()))
     identity = store_identity(
         checkpoint,
         InputBuilder(checkpoint),
@@ -432,7 +432,7 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _learnt(rate: float, random: RandomKV, tokens: int) -> TransformCodec:
+def learnt(rate: float, random: RandomKV, tokens: int) -> TransformCodec:
     """The codec `transform` of this rate, with tables for such keys and values."""
     samples = [
         KVSample(kv=kv.cpu(), positions=places) for kv, places in (random.kv(tokens) for _ in range(_LEARNT_FROM))

@@ -1,5 +1,6 @@
 """Layers of keys and values that are decoded ahead of the attention that reads them, on a stream of their own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,13 +20,18 @@ def decode(prefixes: PackedPrefixes, layer: int, scratch: Tensor | None = None) 
     """Rows of `PrefixLayout.scratch_shape` with a layer of every sample decoded; allocated if None."""
     if scratch is None:
         scratch = prefixes.data.new_empty(prefixes.layout.scratch_shape(len(prefixes.rows), prefixes.longest))
-    codec, tails = prefixes.layout.tensor_codec, prefixes.tails
-    if tails is None:
-        codec.decode_batch(prefixes, layer, scratch)
-        return scratch
-    codec.decode_batch(replace(prefixes, lengths=tails.stored, tails=None), layer, scratch)
-    _put_tails(prefixes, tails, layer, scratch)
+    decode_groups(prefixes, layer, [scratch])
     return scratch
+
+
+def decode_groups(prefixes: PackedPrefixes, layer: int, scratch: Sequence[Tensor]) -> None:
+    """Decode a layer, those encoded with it, and as many such groups behind them as there is scratch for, into it."""
+    codec, tails = prefixes.layout.tensor_codec, prefixes.tails
+    stored = prefixes if tails is None else replace(prefixes, lengths=tails.stored, tails=None)
+    codec.decode_batches(stored, layer, scratch)
+    if tails is not None:
+        for place, one in enumerate(scratch):
+            _put_tails(prefixes, tails, layer + place * codec.layers_together, one)
 
 
 def _put_tails(prefixes: PackedPrefixes, tails: PackedTails, layer: int, scratch: Tensor) -> None:
@@ -69,6 +75,9 @@ class LayersAhead:
     Decoding uses little of a GPU and would otherwise hold up everything else, so a stream of its own fills two places
     or more in turn. They hold the last layers when a forward ends, which are the backward's first; with activation
     checkpointing each layer's second forward finds it still there. With a place for each layer, all are decoded once.
+
+    A heavy codec fills the GPU by itself, and beside other kernels both only wait for each other. With a place for each
+    layer, all are decoded at once before the first is attended to.
     """
 
     def __init__(self, places: Tensor, stream: torch.cuda.Stream | None) -> None:
@@ -80,11 +89,20 @@ class LayersAhead:
 
     def layer(self, prefixes: PackedPrefixes, layer: int, *, then: int) -> Tensor:
         """Return `decode`'s rows, for the current stream; `then`: the layer that will be asked for next, if any."""
+        self._fill_all(prefixes)
         place = self._fill(prefixes, layer, None)
         self._await(place)
         if self._stream is not None and 0 <= then < prefixes.layout.layers:
             self._fill(prefixes, then, self._stream)
         return self._places[place]
+
+    def _fill_all(self, prefixes: PackedPrefixes) -> None:
+        """Where it is due, decode all layers, on the current stream."""
+        layout, places = prefixes.layout, len(self._places)
+        groups = -(-layout.layers // layout.tensor_codec.layers_together)
+        if layout.is_heavy and groups <= places and self._held[0] is None:
+            decode_groups(prefixes, 0, list(self._places[:groups]))
+            self._held[:groups] = range(groups)
 
     def _fill(self, prefixes: PackedPrefixes, layer: int, stream: torch.cuda.Stream | None) -> int:
         """The place where a layer is, or is being, decoded."""

@@ -1,6 +1,7 @@
 """The interface of a codec in torch: what a `KVCodec` does, on the device that has the keys and values."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -89,6 +90,12 @@ class TensorCodec(ABC, Generic[Definition]):
         beyond the sample's own may be left as they are; and where `is_ordered`, from `PrefixLayout.order_at` on, the
         channel at each place of a key, `[kv_head, channel]` uint8.
         """
+
+    def decode_batches(self, prefixes: "PackedPrefixes", layer: int, scratch: Sequence[Tensor]) -> None:
+        """`decode_batch` of `layer` and those encoded with it, and of as many groups behind them as there is scratch
+        for."""
+        for place, one in enumerate(scratch):
+            self.decode_batch(prefixes, layer + place * self.layers_together, one)
 
     def is_ordered(self, channels: int) -> bool:
         """True if `decode_batch` leaves key channels in an order of each head's own, which queries then follow."""

@@ -1,5 +1,6 @@
 """The codec `transform` in torch: on a CPU the numpy reference itself, on a GPU kernels."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +67,11 @@ class TransformTensorCodec(TensorCodec[TransformCodec]):
         return bits.view(torch.bfloat16).to(data.device)
 
     def decode_batch(self, prefixes: "PackedPrefixes", layer: int, scratch: Tensor) -> None:
+        from alpacache.prefix import transform_kernels  # needs Triton
+
+        transform_kernels.decode(self._codec, prefixes, layer // self.layers_together, [scratch])
+
+    def decode_batches(self, prefixes: "PackedPrefixes", layer: int, scratch: Sequence[Tensor]) -> None:
         from alpacache.prefix import transform_kernels  # needs Triton
 
         transform_kernels.decode(self._codec, prefixes, layer // self.layers_together, scratch)

@@ -11,6 +11,7 @@ which the loss does not survive; what is read from a store has passed its checks
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -48,7 +49,7 @@ _HEADS = 4
 
 @triton.jit
 def decode_streams(  # type: ignore[no-untyped-def]
-    codes,  # float16 [K or some more, row of `columns`], written; rows from K on become 0
+    codes,  # float16 [group, K or some more, row of `columns`], written; up to 8 rows from K on become 0
     data,  # uint8 [rows, row_bytes], encoded samples
     rows,  # int64 [B], each sample's row
     lengths,  # int64 [B], each sample's tokens
@@ -58,9 +59,9 @@ def decode_streams(  # type: ignore[no-untyped-def]
     runs,  # int32 [group, part, run, 4]: class, first and last step, low bits
     shift,  # float32 [class, 2]
     n_runs,  # runs of each part
-    kept,  # K, components of the group
-    padded,  # rows of `codes`
-    group,  # number of the group that is decoded
+    components,  # int32 [group], K of each
+    padded,  # rows of `codes` of a group
+    first_group,  # number of the first group that is decoded
     groups,  # groups of the codec
     layers,  # layers of the codec, all groups together
     longest,  # tokens that the output has room for
@@ -68,15 +69,17 @@ def decode_streams(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,  # streams of a token
     BLOCK: tl.constexpr,  # tokens of a program
 ):
-    """Values in steps of one group of every sample; tokens beyond a sample's own are left as they are.
+    """Values in steps of some groups of every sample; tokens beyond a sample's own are left as they are.
 
     A warp has a scheduler to itself, so what counts is the way from one state to the next: a stream's next word has
     been loaded before it is known to be needed, words and tables have been touched before, and a value comes with the
     entry that the state needs anyway.
     """
-    block, part, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, stream, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place, part = stream // PARTS, stream % PARTS
     tokens = tl.load(lengths + sample).to(tl.int32)
     if block * BLOCK < tokens:
+        group = first_group + place
         token = block * BLOCK + tl.arange(0, BLOCK)
         real = token < tokens
         row = data + tl.load(rows + sample) * row_bytes
@@ -95,7 +98,7 @@ def decode_streams(  # type: ignore[no-untyped-def]
         begin = tl.where(live, begin, at)  # nothing is read for a token that has no stream
         near = _touched(words, tl.min(tl.where(real, begin, most), 0), tl.max(tl.where(real, at, 0), 0), BLOCK)
         word = tl.load(words + at - 1, mask=at > begin, other=0)
-        target = codes + sample.to(tl.int64) * longest + token
+        target = codes + place.to(tl.int64) * padded * columns + sample.to(tl.int64) * longest + token
         for run in range(0, n_runs):
             about = runs + 4 * ((group * PARTS + part) * n_runs + run)
             of_class, first, last, low = tl.load(about), tl.load(about + 1), tl.load(about + 2), tl.load(about + 3)
@@ -124,7 +127,7 @@ def decode_streams(  # type: ignore[no-untyped-def]
         wrong = live & ((x != 65536) | (at != begin))
         tl.store(target + part * columns, float("nan"), mask=real & wrong)
         if part == 0:
-            beyond = kept + tl.arange(0, 8)
+            beyond = tl.load(components + group) + tl.arange(0, 8)
             empty = (beyond < padded)[:, None] & real[None, :]
             tl.store(target[None, :] + beyond.to(tl.int64)[:, None] * columns, 0.0, mask=empty)
         tl.store(target, near.to(tl.float16), mask=real & (longest < 0))  # never, but for the compiler
@@ -495,6 +498,8 @@ class _TablesOnDevice:
     """int32 `[group, part, run, 4]`."""
     widths: Tensor
     """int32 `[group]`: N of each."""
+    components: Tensor
+    """int32 `[group]`: how many of them each keeps."""
     groups: tuple[_GroupOnDevice, ...]
 
 
@@ -520,6 +525,7 @@ def _tables_on(codec: TransformCodec, device: torch.device) -> _TablesOnDevice:
         axes=put(tables.axes.astype(np.int32)),
         runs=put(_runs(tables)),
         widths=put(np.array([len(group.mean) for group in tables.groups], np.int32)),
+        components=put(np.array([len(group.classes) for group in tables.groups], np.int32)),
         groups=tuple(
             _GroupOnDevice(
                 mean=put(group.mean),
@@ -550,21 +556,42 @@ def _runs(tables: TransformTables) -> "np.ndarray[Any, Any]":
     return padded.reshape(len(tables.groups), tables.parts, most, 4)
 
 
-def decode(codec: TransformCodec, prefixes: PackedPrefixes, index: int, scratch: Tensor) -> None:
-    """`TensorCodec.decode_batch` of a group of layers."""
-    tables, on_device = codec.calibrated, _tables_on(codec, scratch.device)
-    group, layers, data = on_device.groups[index], tables.layers_of(index), prefixes.data
-    samples, longest, width = len(prefixes.rows), prefixes.longest, len(group.mean)
-    columns, kept, padded = samples * longest, len(group.classes), group.basis.shape[1]
-    codes = torch.empty(padded, columns + -columns % ALIGNED, dtype=torch.float16, device=scratch.device)
-    decode_streams[triton.cdiv(longest, _LANES), tables.parts, samples](
-        codes, data, prefixes.rows, prefixes.lengths, data.stride(0), on_device.symbols, on_device.entries,
-        on_device.runs, on_device.shift, on_device.runs.shape[2], kept, padded, index, len(tables.groups),
-        tables.layers, longest, codes.stride(0), PARTS=tables.parts, BLOCK=_LANES, num_warps=1,
-    )  # fmt: skip
-    product = codes[:, :columns].T @ group.basis.T if kept else codes.new_zeros(columns, width)
+def decode(codec: TransformCodec, prefixes: PackedPrefixes, first: int, scratch: Sequence[Tensor]) -> None:
+    """`TensorCodec.decode_batch` of groups of layers from number `first` on, one into each scratch.
+
+    Streams of several groups are read together where those of one would be too few to be fast.
+    """
+    tables, on_device = codec.calibrated, _tables_on(codec, scratch[0].device)
+    samples, longest, data = len(prefixes.rows), prefixes.longest, prefixes.data
+    columns = samples * longest
+    most = max(group.basis.shape[1] for group in on_device.groups)
+    shape = min(len(scratch), codec.groups_at_once(columns)), most, columns + -columns % ALIGNED
+    codes = torch.empty(shape, dtype=torch.float16, device=data.device)
+    for begin in range(0, len(scratch), len(codes)):
+        some = scratch[begin : begin + len(codes)]
+        decode_streams[triton.cdiv(longest, _LANES), len(some) * tables.parts, samples](
+            codes, data, prefixes.rows, prefixes.lengths, data.stride(0), on_device.symbols, on_device.entries,
+            on_device.runs, on_device.shift, on_device.runs.shape[2], on_device.components, most, first + begin,
+            len(tables.groups), tables.layers, longest, codes.stride(1), PARTS=tables.parts, BLOCK=_LANES, num_warps=1,
+        )  # fmt: skip
+        for index, (of_group, place) in enumerate(zip(codes, some, strict=False), first + begin):
+            _finish(tables, on_device, prefixes, index, of_group[:, :columns], place)
+
+
+def _finish(
+    tables: TransformTables,
+    on_device: _TablesOnDevice,
+    prefixes: PackedPrefixes,
+    index: int,
+    codes: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Keys and values of a group of layers from its components, float16 `[component, token]`."""
+    group, layers, data, longest = on_device.groups[index], tables.layers_of(index), prefixes.data, prefixes.longest
+    width, padded = group.basis.shape
+    product = codes[:padded].T @ group.basis.T if padded else codes.new_zeros(codes.shape[1], width)
     half, each = tables.channels // 2, math.gcd(tables.heads, _HEADS)
-    finish_layers[triton.cdiv(longest, _TOKENS), len(layers) * tables.heads // each, samples](
+    finish_layers[triton.cdiv(longest, _TOKENS), len(layers) * tables.heads // each, len(prefixes.rows)](
         scratch, scratch.stride(0), product, data, prefixes.rows, prefixes.lengths, data.stride(0), group.mean,
         group.scale, on_device.sizes, on_device.angles, on_device.axes, index, len(tables.groups), layers.start,
         tables.layers, longest, width,

@@ -138,7 +138,8 @@ def transform():
         longest=tokens,
         dtype=torch.bfloat16,
     )
-    transform_kernels.decode(codec, packed, 0, torch.empty(2, 2 * layout.size_bytes(tokens), dtype=torch.uint8))
+    scratch = torch.empty(2, 2 * layout.size_bytes(tokens), dtype=torch.uint8)
+    transform_kernels.decode(codec, packed, 0, [scratch])
 
 
 def update(dtype, count, first=0):

@@ -240,7 +240,7 @@ def test_plan_counts_the_bytes_and_the_basis() -> None:
     found, other = (plan(PlanConfig(samples=10, codec=codec)) for codec in ("transform:2", "bf16"))
     assert found.kv_bytes_by_codec["transform:2"] == pytest.approx(other.kv_bytes_by_codec["bf16"] / 8, rel=1e-3)
     basis = codec_named("transform:2").decoding_bytes((36, 2, 8, 1, 128))
-    assert basis == pytest.approx(36 * 2048**2 * 2, rel=1e-3)
+    assert basis == pytest.approx(36 * 2048**2 * 2, rel=2e-3)
     with pytest.raises(ValueError, match="transform:RATE"):
         PlanConfig(samples=10, codec="transform:40")
 

@@ -1,5 +1,6 @@
 """Which layers are decoded when, and where they are kept."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,22 @@ def test_a_layer_that_is_still_there_is_not_decoded_again(monkeypatch, places, o
     ahead = layers_ahead.LayersAhead(memory, None)
     for layer in order:
         assert ahead.layer(prefixes, layer, then=layer + 1).unique().tolist() == [layer]
+    assert decoded == expected
+
+
+@pytest.mark.parametrize(("places", "expected"), [(4, [(0, 4)]), (3, [0, 1, 2, 3, 0])])
+def test_a_heavy_codec_decodes_all_layers_before_the_first_if_there_is_room(monkeypatch, places, expected):
+    decoded, layout = [], PrefixLayout(layers=4, kv_heads=1, head_dim=128, codec=CODECS["int8"])
+    monkeypatch.setattr(type(layout), "is_heavy", True)
+    monkeypatch.setattr(layers_ahead, "decode", lambda prefixes, layer, scratch: decoded.append(layer))
+    monkeypatch.setattr(
+        layers_ahead, "decode_groups", lambda prefixes, layer, scratch: decoded.append((layer, len(scratch)))
+    )
+    prefixes = SimpleNamespace(layout=layout, longest=8)
+    memory = layers_ahead.make_places(layout, 1, 8, torch.device("cpu"), layers=places)
+    ahead = layers_ahead.LayersAhead(memory, None)
+    for layer in (0, 1, 2, 3, 3, 2, 1, 0):
+        assert ahead.layer(prefixes, layer, then=layer + 1).data_ptr() == memory[layer % places].data_ptr()
     assert decoded == expected
 
 
@@ -117,10 +134,12 @@ def test_tails_lie_behind_their_stems_with_keys_in_the_order_of_the_stem(name, m
         tails=tails,
     )
     order_at, rows = layout.order_at(longest), layout.scratch_shape(3, longest)
+    several = [torch.full(rows, 255, dtype=torch.uint8) for _ in range(3)]
+    layers_ahead.decode_groups(prefixes, 0, several)
     for layer in range(3):
-        scratch = layers_ahead.decode(prefixes, layer, torch.full(rows, 255, dtype=torch.uint8))
+        one = layers_ahead.decode(prefixes, layer, torch.full(rows, 255, dtype=torch.uint8))
         expected = torch.stack(prefixes.layer(layer), dim=1)
-        for place, tokens in enumerate(whole):
+        for (place, tokens), scratch in itertools.product(enumerate(whole), (one, several[layer])):
             got = scratch[place, :order_at].view(torch.bfloat16).view(2, heads, longest, dim)[:, :, :tokens].clone()
             if layout.is_ordered:
                 order = scratch[place, order_at : order_at + heads * dim].view(heads, 1, dim).long()
