@@ -304,6 +304,8 @@ def layer_error(vlm: FrozenVLM, exact: Any, inputs: Sequence[Any], run: Callable
 def errors(found: Sequence[PrefixFeatures], exact: Sequence[PrefixFeatures]) -> dict[str, float]:
     result = {}
     for name in ("keys", "values", "hidden"):
+        if getattr(found[0], name) is None:
+            continue
         difference = total = 0.0
         for one, other in zip(found, exact, strict=True):
             expected = getattr(other, name).to(getattr(one, name).device)
