@@ -7,6 +7,7 @@ whole tower alone, `layer_ms` and `block_ms` one of them, `host_ms` how long Pyt
 where the compiler finds its files. `graphs` counts pieces of compiled code after prefills of other lengths
 and rows. Errors are relative L2 differences from the same weights in float32: `layer_error` of what one layer adds,
 `keys_error` and `values_error` over all layers of a whole prefill, `hidden_error` behind the last.
+`bench_prefill_turns.py` tells ways apart that differ by less than two runs do.
 """
 
 import copy
@@ -48,9 +49,8 @@ WAYS = ("eager", "compiled", "cudnn", "joined", "transformers", "fixed sizes", "
 """`eager`: layer by layer as transformers has them; `transformers`: its own forward over all. `compiled`: as `extract`
 does it; the others differ from that in one thing each: attention is cuDNN's, query, key and value are one product and
 gate and up another, or lengths are no symbols."""
-MORE_WAYS = ("gelu", "padded 96", "padded 128", "cublaslt", "cudnn joined gelu", "twice as many")
-"""Measured if asked for: the tower's activation in the product's epilogue, its heads padded, products by
-cuBLASLt, several at once, and twice the samples."""
+MORE_WAYS = ("gelu", "padded 96", "cudnn joined gelu")
+"""Measured if asked for: the tower's activation in the product's epilogue, its heads padded, several at once."""
 PROFILED = ("eager", "compiled", "cudnn", "gelu", "padded 96", "cudnn joined gelu")
 EVERYWHERE = WAYS[:4]
 """Ways that are measured with each camera set by default; the others with the first."""
@@ -140,6 +140,7 @@ class Joined:
         *,
         epsilon: float,
         activation: Callable[[Tensor], Tensor],
+        add: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda to, values, weight: to + F.linear(values, weight),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `compiled_layers.text_layer`."""
         norm, into, query_norm, key_norm, output, post_norm, gate_up, down = weights
@@ -154,9 +155,9 @@ class Joined:
         key = rotated(rms(key, key_norm, epsilon).transpose(1, 2), cos, sin)
         value = value.transpose(1, 2)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), output)
+        hidden = add(hidden, attended.transpose(1, 2).flatten(2), output)
         gate, up = F.linear(rms(hidden, post_norm, epsilon), gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(activation(gate) * up, down), key, value
+        return add(hidden, activation(gate) * up, down), key, value
 
 
 def other_block(
@@ -169,21 +170,29 @@ def other_block(
     epsilon: float,
     activation: Any,
     gelu: bool,
-    width: int,
+    width: int = 0,
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`vision_block` with the activation in the product's epilogue, or heads padded to a width."""
+    """`vision_block` with the activation in the product's epilogue, heads padded to a width, or queries and keys turned
+    together by something else.
+    """
     norm = partial(F.layer_norm, normalized_shape=(hidden.shape[-1],), eps=epsilon)
     inner = norm(hidden, weight=weights.norm1, bias=weights.norm1_bias)
     qkv = F.linear(inner, weights.qkv, weights.qkv_bias).view(*hidden.shape[:2], 3, heads, -1)
     query, key, value = qkv.transpose(1, 3).unbind(2)
-    cos, sin, size = cos.unsqueeze(1), sin.unsqueeze(1), query.shape[-1]
-    query, key = (compiled_layers._rotated(each.float(), cos, sin).to(hidden.dtype) for each in (query, key))
+    size = query.shape[-1]
+    if turn is None:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        query, key = (compiled_layers._rotated(each.float(), cos, sin).to(hidden.dtype) for each in (query, key))
+    else:
+        both = turn(qkv[:, :, :2].float(), cos[:, :, None, None], sin[:, :, None, None]).to(hidden.dtype)
+        query, key = both.transpose(1, 3).unbind(2)
     if width:
         query, key, value = (F.pad(each, (0, width - size)) for each in (query, key, value))
     attended = F.scaled_dot_product_attention(query, key, value, scale=size**-0.5)[..., :size]
     hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), weights.output, weights.output_bias)
     inner = norm(hidden, weight=weights.norm2, bias=weights.norm2_bias)
-    if gelu:
+    if gelu and inner.is_cuda:  # elsewhere this product's activation is the exact one
         flat = torch._addmm_activation(weights.inner_bias, inner.flatten(0, 1), weights.inner.t(), use_gelu=True)
         inner = flat.view(*inner.shape[:2], -1)
     else:
@@ -208,6 +217,34 @@ def profile(call: Callable[[], Any]) -> None:
 
 
 @contextmanager
+def changed(way: str, joined: Joined) -> Iterator[None]:
+    """Within it layers compile and run as this way has them."""
+    with ExitStack() as stack:
+        if "cudnn" in way:
+            stack.enter_context(sdpa_kernel(list(_FIRST), set_priority=True))
+        if "gelu" in way or "padded" in way:
+            width = int(way.split()[1]) if "padded" in way else 0
+            block = partial(other_block, gelu="gelu" in way, width=width)
+            stack.enter_context(mock.patch.object(compiled_layers, "vision_block", block))
+        if "joined" in way:
+            stack.enter_context(mock.patch.object(compiled_layers, "TextWeights", joined))
+            stack.enter_context(mock.patch.object(compiled_layers, "text_layer", Joined.layer))
+        yield
+
+
+def tower_parts(vlm: FrozenVLM) -> list[Any]:
+    """Modules of the tower whose forward `vlm.compile` replaces."""
+    return [vlm.model.visual.patch_embed, *vlm.model.visual.blocks]
+
+
+def run_plain(vlm: FrozenVLM) -> None:
+    """Undo `vlm.compile`."""
+    vlm._run_layer = run_layer
+    for module in tower_parts(vlm):
+        module.__dict__.pop("forward", None)
+
+
+@contextmanager
 def going(way: str, vlm: FrozenVLM, backend: str, kept: Path) -> Iterator[None]:
     """Within it `vlm` goes this way; the compiler keeps its files in `kept`."""
     torch._dynamo.reset()
@@ -216,30 +253,16 @@ def going(way: str, vlm: FrozenVLM, backend: str, kept: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(kept)}))
         if way == "fixed sizes":
             stack.enter_context(mock.patch.object(torch._dynamo, "mark_dynamic"))
-        if "cudnn" in way:
-            stack.enter_context(sdpa_kernel(list(_FIRST), set_priority=True))
+        stack.enter_context(changed(way, Joined()))
         stack.enter_context(mock.patch.object(torch._inductor.config, "fx_graph_cache", way == "compiled"))
         stack.enter_context(mock.patch.object(torch._functorch.config, "enable_autograd_cache", way == "compiled"))
-        if "gelu" in way or "padded" in way:
-            width = int(way.split()[1]) if "padded" in way else 0
-            block = partial(other_block, gelu="gelu" in way, width=width)
-            stack.enter_context(mock.patch.object(compiled_layers, "vision_block", block))
-        if way == "cublaslt":
-            before = torch.backends.cuda.preferred_blas_library()
-            torch.backends.cuda.preferred_blas_library("cublaslt")
-            stack.callback(torch.backends.cuda.preferred_blas_library, before)
-        if "joined" in way:
-            stack.enter_context(mock.patch.object(compiled_layers, "TextWeights", Joined()))
-            stack.enter_context(mock.patch.object(compiled_layers, "text_layer", Joined.layer))
         try:
             if way not in ("eager", "transformers"):
                 kept.mkdir(exist_ok=True)
                 vlm.compile(backend=backend)
             yield
         finally:
-            vlm._run_layer, vlm._compiled = run_layer, False
-            for module in (vlm.model.visual.patch_embed, *vlm.model.visual.blocks):
-                module.__dict__.pop("forward", None)
+            run_plain(vlm)
 
 
 def seconds(call: Callable[[], Any], *, rounds: int) -> float:
@@ -304,8 +327,6 @@ def layer_error(vlm: FrozenVLM, exact: Any, inputs: Sequence[Any], run: Callable
 def errors(found: Sequence[PrefixFeatures], exact: Sequence[PrefixFeatures]) -> dict[str, float]:
     result = {}
     for name in ("keys", "values", "hidden"):
-        if getattr(found[0], name) is None:
-            continue
         difference = total = 0.0
         for one, other in zip(found, exact, strict=True):
             expected = getattr(other, name).to(getattr(one, name).device)
@@ -328,15 +349,13 @@ def measure(
     """A row."""
     batch = len(reference)
     inputs, rounds = prompts(vlm, cameras=cameras, batch=batch), 1 if quick else 7
-    if way == "twice as many":
-        inputs, batch = inputs * 2, 2 * batch
     row: dict[str, Any] = {"way": way, "cameras": cameras, "batch": batch, "tokens": len(inputs[0].input_ids)}
     backend, compiled = "eager" if quick else "inductor", way not in ("eager", "transformers")
     is_new = not kept.exists()
     prefill = whole_forward if way == "transformers" else FrozenVLM.prefill_batch
     with going(way, vlm, backend, kept):
         first = seconds(lambda: prefill(vlm, inputs), rounds=1)
-        row |= errors(prefill(vlm, inputs)[: len(reference)], reference)
+        row |= errors(prefill(vlm, inputs), reference)
         each = seconds(lambda: prefill(vlm, inputs), rounds=rounds)
         started = time.perf_counter()
         found = prefill(vlm, inputs)

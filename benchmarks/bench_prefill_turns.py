@@ -1,67 +1,65 @@
-"""Ways to make the VLM's prefill faster, side by side in a minute and a half: they take turns on one GPU.
+"""Ways to prefill that differ by a few percent: they take turns on one GPU, whose clock and power are watched.
 
-Differences of 1 % are looked for, and a GPU's clock drifts more than that in a minute; so each round has a turn of each
-way, and `over_eager` and `over_compiled` are medians over rounds of ratios within a round. A turn is one batch alone
-(`alone_ms`), then several without a pause, as `extract` has them (`batch_ms`, `samples_s`). `sm_mhz`, `watt` and
-`limits` are what the driver said in these. Errors are relative L2 differences from float32 as in `bench_prefill`.
-Afterwards other batch sizes take turns, and kernels of some ways are listed with the time in which none runs.
+A GPU's clock drifts by more in a minute than these ways differ. So each round has a turn of each way, and `over_eager`
+and `over_compiled` are medians over rounds of ratios within a round. A turn is one batch alone (`alone_ms`), then
+several without a pause, as `extract` has them (`batch_ms`, `samples_s`; `spread` is the slowest round's beyond the
+fastest's). `sm_mhz`, `watt` (by the energy counter) and `limits` (what held the clock down, as shares of the time) are
+of the latter. `first_s` is the first prefill, errors are as in `bench_prefill`.
 """
 
 import copy
 import ctypes
+import itertools
 import json
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bench_prefill
 import full_size
 import torch
-from bench_prefill import _synchronise, _tidy, errors, make_vlm, parts, prompts, seconds
+from bench_prefill import Joined, changed, errors, make_vlm, other_block, prompts, run_plain, seconds, tower_parts
 from benchmark_report import arguments, finish, hardware_name
-from prefill_ways import WAYS, Turns
-from torch import Tensor
+from torch import Tensor, nn
 
-from alpacache.alpamayo import FrozenVLM
+from alpacache.alpamayo import FrozenVLM, compiled_layers
+from alpacache.alpamayo.text_layers import LayerKV
 from alpacache.planning.time_model import prefill_batch
 
-SIZES = {1: (16, 24, 32), 4: (4,)}
-"""Other batch sizes, by cameras."""
-SIZED = ("eager", "compiled", "best")
-PROFILED = ("compiled", "best")
-_SMI = [
-    "nvidia-smi",
-    "--query-gpu=clocks.sm,clocks.max.sm,power.draw,power.limit,clocks_throttle_reasons.active,temperature.gpu",
-    "--format=csv",
-]
+WAYS = {"eager": "eager", "compiled": "compiled", "gelu": "gelu", "all together": "cudnn joined gelu"}
+"""Name -> words of `bench_prefill.changed`. `all together` is also what `everything_else` changes, and its last text
+layer makes keys and values alone, so it has no hidden states."""
+TIMES = (1, 2)
+"""Batches are so many times what `extract` takes at once."""
 _LIMITS = {0x1: "idle", 0x4: "power cap", 0x8: "hardware", 0x20: "temperature", 0x40: "hot", 0x80: "power brake"}
+_to = Tensor.to
 
 
 class Meter:
-    """What the driver says of the first GPU, 50 times a second."""
+    """What the driver says of the first GPU, 50 times a second; nothing where there is no driver."""
 
     def __init__(self) -> None:
         self._found: list[tuple[float, int, int, int]] = []
         """When, MHz, bits of `_LIMITS`, millijoules."""
         self._over = threading.Event()
+        self._device, cap = ctypes.c_void_p(), ctypes.c_uint()
         try:
-            told = subprocess.run(_SMI, capture_output=True, text=True, timeout=20, check=False)
-            print("at rest:", " ".join((told.stdout + told.stderr).split())[:300], flush=True)
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-            self._device = ctypes.c_void_p()
             self._ask("nvmlInit_v2")
             self._ask("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self._device))
-            self._read()
-        except (OSError, AttributeError, RuntimeError, subprocess.TimeoutExpired) as error:
+            self._ask("nvmlDeviceGetEnforcedPowerLimit", self._device, ctypes.byref(cap))
+        except (OSError, RuntimeError) as error:
             print(f"clock and power are not known: {error}", flush=True)
             return
+        print(f"the power cap is {cap.value / 1e3:.0f} W", flush=True)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _ask(self, name: str, *values: Any) -> None:
@@ -69,25 +67,18 @@ class Meter:
         if code:
             raise RuntimeError(f"{name} gives {code}")
 
-    def _read(self) -> None:
-        clock, bits, energy = ctypes.c_uint(), ctypes.c_ulonglong(), ctypes.c_ulonglong()
-        self._ask("nvmlDeviceGetClockInfo", self._device, 1, ctypes.byref(clock))
-        self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._device, ctypes.byref(bits))
-        self._ask("nvmlDeviceGetTotalEnergyConsumption", self._device, ctypes.byref(energy))
-        self._found.append((time.perf_counter(), clock.value, bits.value, energy.value))
-
     def _watch(self) -> None:
+        clock, bits, energy = ctypes.c_uint(), ctypes.c_ulonglong(), ctypes.c_ulonglong()
         while not self._over.wait(0.02):
-            try:
-                self._read()
-            except RuntimeError as error:
-                print(f"clock and power are no longer known: {error}", flush=True)
-                return
+            self._ask("nvmlDeviceGetClockInfo", self._device, 1, ctypes.byref(clock))
+            self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._device, ctypes.byref(bits))
+            self._ask("nvmlDeviceGetTotalEnergyConsumption", self._device, ctypes.byref(energy))
+            self._found.append((time.perf_counter(), clock.value, bits.value, energy.value))
 
     def between(self, windows: Sequence[tuple[float, float]]) -> dict[str, Any]:
-        """Median clock, mean power, and how often what kept the clock low, in these times."""
+        """Median clock, mean power, and how often what held the clock down, in these times."""
         clocks: list[int] = []
-        limits: dict[str, int] = defaultdict(int)
+        limits: Counter[str] = Counter()
         joules = spent = 0.0
         for begin, end in windows:
             inside = [row for row in list(self._found) if begin < row[0] < end]
@@ -95,226 +86,201 @@ class Meter:
             for _, _, bits, _ in inside:
                 names = [name for bit, name in _LIMITS.items() if bits & bit]
                 limits[" and ".join(names) or (hex(bits) if bits else "nothing")] += 1
-            changes = [row for before, row in pairwise(inside) if row[3] != before[3]]
+            changes = [row for before, row in itertools.pairwise(inside) if row[3] != before[3]]
             if len(changes) > 1:  # the counter stands still in between
                 joules += 1e-3 * (changes[-1][3] - changes[0][3])
                 spent += changes[-1][0] - changes[0][0]
         if not clocks:
             return {}
         told = ", ".join(f"{name} {100 * count // len(clocks)} %" for name, count in limits.items())
-        return {"sm_mhz": statistics.median(clocks), "watt": joules / spent if spent else None, "limits": told}
+        watt = joules / spent if spent else None
+        return {"sm_mhz": round(statistics.median(clocks)), "watt": watt, "limits": told}
 
     def close(self) -> None:
         self._over.set()
 
 
+class Way:
+    """One VLM's way, to be gone again and again: what compiled it stays."""
+
+    def __init__(self, name: str, vlm: FrozenVLM, backend: str) -> None:
+        self.name, self._vlm, self._backend = name, vlm, backend
+        self._joined = Joined()
+        self._forwards: dict[nn.Module, Any] = {}
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        """Within it the VLM goes this way."""
+        with ExitStack() as stack:
+            stack.enter_context(changed(WAYS[self.name], self._joined))
+            stack.callback(run_plain, self._vlm)
+            if self.name == "all together":
+                stack.enter_context(everything_else())
+            if self.name != "eager":
+                self._take()
+            yield
+
+    def _take(self) -> None:
+        vlm = self._vlm
+        if not self._forwards:
+            vlm.compile(backend=self._backend)
+            self._run_layer: Any = vlm._run_layer
+            self._forwards = {part: part.__dict__["forward"] for part in tower_parts(vlm)}
+        if self._run_layer.__self__._failed:
+            raise RuntimeError(f"{self.name} could not be compiled; see the warning.")
+        text: Any = vlm.model.language_model
+        alone = self.name == "all together"
+        vlm._run_layer = partial(keys_alone, self._run_layer, text.layers[-1]) if alone else self._run_layer
+        for part, forward in self._forwards.items():
+            part.forward = forward
+
+
+@contextmanager
+def everything_else() -> Iterator[None]:
+    """Text layers add to the hidden states within the products, the tower turns queries and keys together by index,
+    and what is sent to the GPU is sent from page-locked memory, so that nobody waits for it.
+    """
+    text = partial(Joined.layer, add=add_product)
+    block = partial(other_block, gelu=True, turn=turned_by_index)
+    with (
+        mock.patch.multiple(compiled_layers, text_layer=text, vision_block=block),
+        mock.patch.object(Tensor, "to", sent),
+    ):
+        yield
+
+
+@torch.library.custom_op("alpacache_bench::add_product", mutates_args=("to",))
+def _add_product(to: Tensor, values: Tensor, weight: Tensor) -> None:
+    to.flatten(0, -2).addmm_(values.flatten(0, -2), weight.t())
+
+
+@_add_product.register_fake
+def _(to: Tensor, values: Tensor, weight: Tensor) -> None:
+    return None
+
+
+def add_product(to: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """`to += values @ weight.T`, the sum rounded once."""
+    torch.ops.alpacache_bench.add_product(to, values, weight)
+    return to
+
+
+def turned_by_index(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `_rotated` gives: the halves change places by their index, and the sign is the sine's."""
+    half = values.shape[-1] // 2
+    partner = values.unflatten(-1, (2, half)).flip(-2).flatten(-2)
+    first = torch.arange(2 * half, device=sin.device) < half
+    return values * cos + partner * torch.where(first, -sin, sin)
+
+
+def keys_alone(
+    run: Any, last: nn.Module, layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], kv: LayerKV, mask: Any
+) -> Tensor:
+    """`run`, but for keys and values of the last layer and nothing behind them."""
+    if layer is not last:
+        after: Tensor = run(layer, hidden, angles, kv, mask)
+        return after
+    attention, inner = layer.self_attn, layer.input_layernorm(hidden)
+    heads = (*inner.shape[:-1], -1, attention.head_dim)
+    key = attention.k_norm(attention.k_proj(inner).view(heads)).transpose(1, 2)
+    cos, sin = (each.unsqueeze(1) for each in angles)
+    kv.update(compiled_layers._rotated(key, cos, sin), attention.v_proj(inner).view(heads).transpose(1, 2))
+    return hidden
+
+
+def sent(tensor: Tensor, *where: Any, **how: Any) -> Tensor:
+    """`Tensor.to` whose whole numbers go to a GPU from page-locked memory, without waiting."""
+    if where and getattr(where[0], "type", "") == "cuda" and tensor.device.type == "cpu" and tensor.dtype == torch.long:
+        tensor, how = tensor.pin_memory(), how | {"non_blocking": True}
+    return _to(tensor, *where, **how)
+
+
 class Measured:
     """Turns of one way on one group of samples."""
 
-    def __init__(self, way: str, cameras: int, inputs: Sequence[Any]) -> None:
+    def __init__(self, way: Way, cameras: int, inputs: Sequence[Any]) -> None:
         self.way, self.cameras, self.inputs = way, cameras, inputs
         self.alone: list[float] = []
         self.together: list[float] = []
         """Seconds a batch, round by round."""
         self.windows: list[tuple[float, float]] = []
-        self.told: dict[str, Any] = {}
+        self.first: dict[str, float] = {}
 
-    def turn(self, turns: Turns, *, batches: int) -> None:
-        with turns.going(WAYS[self.way]):
-            self.alone.append(seconds(lambda: turns.vlm.prefill_batch(self.inputs), rounds=1))
+    def prepare(self, vlm: FrozenVLM, reference: Sequence[Any]) -> None:
+        """A first run, which compiles, and errors."""
+        with self.way.going():
+            self.first["first_s"] = seconds(lambda: vlm.prefill_batch(self.inputs), rounds=1)
+            self.first |= errors(vlm.prefill_batch(self.inputs)[: len(reference)], reference)
+        if self.way.name == "all together":
+            del self.first["hidden_error"]
+
+    def turn(self, vlm: FrozenVLM, *, batches: int) -> None:
+        with self.way.going():
+            self.alone.append(seconds(lambda: vlm.prefill_batch(self.inputs), rounds=1))
             begin = time.perf_counter()
             for _ in range(batches):
-                turns.vlm.prefill_batch(self.inputs)
-            _synchronise()
-            end = time.perf_counter()
-        self.together.append((end - begin) / batches)
-        self.windows.append((begin, end))
+                vlm.prefill_batch(self.inputs)
+            bench_prefill._synchronise()
+            self.windows.append((begin, time.perf_counter()))
+        self.together.append((self.windows[-1][1] - begin) / batches)
 
-    def row(self, others: Sequence["Measured"], meter: Meter) -> dict[str, Any]:
-        row = {"way": self.way, "cameras": self.cameras, "batch": len(self.inputs)}
+    def row(self, others: Sequence["Measured"], meter: Meter) -> Mapping[str, Any]:
+        row = {"way": self.way.name, "cameras": self.cameras, "batch": len(self.inputs)}
         row |= {"tokens": len(self.inputs[0].input_ids), "rounds": len(self.together)}
-        if self.together:
-            each = statistics.median(self.together)
-            row |= {"alone_ms": 1e3 * statistics.median(self.alone), "batch_ms": 1e3 * each}
-            row |= {"spread": max(self.together) / min(self.together) - 1, "samples_s": len(self.inputs) / each}
+        each = statistics.median(self.together)
+        row |= {"alone_ms": 1e3 * statistics.median(self.alone), "batch_ms": 1e3 * each}
+        row |= {"spread": max(self.together) / min(self.together) - 1, "samples_s": len(self.inputs) / each}
         for other in others:
-            same = (other.cameras, len(other.inputs)) == (self.cameras, len(self.inputs))
-            if same and other.way in ("eager", "compiled"):
-                for name in ("alone", "together"):
-                    ratios = [a / b for a, b in zip(getattr(other, name), getattr(self, name), strict=False)]
-                    if ratios:
-                        suffix = "_alone" if name == "alone" else ""
-                        row[f"over_{other.way}{suffix}"] = statistics.median(ratios)
-        return row | meter.between(self.windows) | self.told
+            if other.inputs is self.inputs and other.way.name in ("eager", "compiled"):
+                for name, suffix in (("alone", "_alone"), ("together", "")):
+                    ratios = [a / b for a, b in zip(getattr(other, name), getattr(self, name), strict=True)]
+                    row[f"over_{other.way.name}{suffix}"] = statistics.median(ratios)
+        return row | meter.between(self.windows) | self.first
 
 
-@torch.inference_mode()
-def around_blocks(vlm: FrozenVLM, inputs: Sequence[Any]) -> dict[str, float]:
-    """Milliseconds of the tower without its blocks, and of the pixels' way to the device."""
-    visual: Any = vlm.model.visual
-    grids = torch.cat([one.image_grid_thw for one in inputs])
-    pixels = torch.cat([one.pixel_values.to(vlm.device) for one in inputs])
-    with mock.patch.object(type(visual.blocks[0]), "forward", lambda block, hidden, **_: hidden):
-        kept = [(block, block.__dict__.pop("forward")) for block in visual.blocks if "forward" in block.__dict__]
-        try:
-            visual(pixels, grid_thw=grids)
-            found = {"around_ms": 1e3 * seconds(lambda: visual(pixels, grid_thw=grids), rounds=5)}
-        finally:
-            for block, forward in kept:
-                block.forward = forward
-
-    def send() -> Tensor:
-        return torch.cat([one.pixel_values.to(vlm.device, non_blocking=True) for one in inputs])
-
-    return found | {"pixels_ms": 1e3 * seconds(send, rounds=5)}
-
-
-def profile(call: Callable[[], Any]) -> None:
-    """Print the kernels of a prefill, and when none of them runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        call()
-        _synchronise()
-    events = [one for one in found.events() if one.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda one: one.time_range.start)
-    if not events:
-        return
-    total: dict[str, list[float]] = defaultdict(list)
-    gaps, end = [], events[0].time_range.start
-    for event in events:
-        total[event.name].append(event.device_time)
-        gaps.append((event.time_range.start - end, event.name))
-        end = max(end, event.time_range.end)
-    busy, span = sum(map(sum, total.values())), end - events[0].time_range.start
-    idle = sum(gap for gap, _ in gaps if gap > 0)
-    print(f"  kernels {busy / 1e3:.1f} ms in {span / 1e3:.1f}, {len(events)} of them, none runs {idle / 1e3:.2f} ms")
-    for gap, name in sorted(gaps, reverse=True)[:5]:
-        print(f"  {gap / 1e3:8.2f} ms of nothing before {name[:90]}")
-    for name, times in sorted(total.items(), key=lambda item: -sum(item[1]))[:30]:
-        each = f"{len(times):5d} x {statistics.mean(times):8.1f} us"
-        print(f"  {sum(times) / 1e3:8.2f} ms {each}  {name[:120]}")
-    print("", end="", flush=True)
-
-
-def prepare(turns: Turns, one: Measured, reference: Sequence[Any] | None) -> None:
-    """First runs of a way, which compile it, with errors where the reference is given."""
-    with turns.going(WAYS[one.way]):
-        start = seconds(lambda: turns.vlm.prefill_batch(one.inputs), rounds=1)
-        if turns.failed:
-            raise RuntimeError("could not be compiled; see the warning")
-        found = turns.vlm.prefill_batch(one.inputs)
-        one.told["first_s"] = start
-        if reference is not None:
-            one.told |= errors(found, reference)
-
-
-def measure(vlm: FrozenVLM, options: Any, meter: Meter) -> list[dict[str, Any]]:
-    """Rows; ways for which no time is left are missing."""
-
-    def share(part: float) -> float:
-        return options.begun + part * options.seconds
-
+def measure(vlm: FrozenVLM, options: Any, meter: Meter) -> list[Mapping[str, Any]]:
     exact = FrozenVLM(copy.deepcopy(vlm.model).float(), future_start_id=vlm.future_start_id)
-    inputs, references = {}, {}
+    groups, references = [], {}
     for cameras in options.cameras:
         batch = 2 if options.quick else prefill_batch(cameras=cameras, frames=full_size.FRAMES)
-        inputs[cameras] = prompts(vlm, cameras=cameras, batch=batch)
-        references[cameras] = exact.prefill_batch(inputs[cameras])
+        inputs = prompts(vlm, cameras=cameras, batch=batch)
+        references[cameras] = exact.prefill_batch(inputs)
+        groups += [(cameras, inputs * times) for times in TIMES]
     del exact
-    _tidy()
-    print(f"ready after {time.perf_counter() - options.begun:.1f} s", flush=True)
-    turns, going = Turns(vlm, backend=options.backend), []
-    for way in options.ways:
-        if time.perf_counter() > share(0.55):
-            print(f"no time is left for {way}", flush=True)
-            continue
-        try:
-            both = [Measured(way, cameras, inputs[cameras]) for cameras in options.cameras]
-            for one in both:
-                prepare(turns, one, references[one.cameras])
-                print(json.dumps({"way": way, "cameras": one.cameras, **one.told}), flush=True)
-            going += both
-        except Exception as error:  # one way less; the others are measured
-            print(f"{way} fails: {_told(error)}", flush=True)
+    going = []
+    for name in WAYS:
+        bench_prefill._tidy()
+        way = Way(name, vlm, "eager" if options.quick else "inductor")
+        for cameras, inputs in groups:
+            going.append(Measured(way, cameras, inputs))
+            going[-1].prepare(vlm, references[cameras])
     references.clear()
-    _tidy()
-    print(f"compiled after {time.perf_counter() - options.begun:.1f} s", flush=True)
-    _rounds(turns, going, share(0.84), batches=options.batches, rounds=options.rounds)
-    rows = _show(going, meter)
-    for way in ("eager", *PROFILED):
-        if way in options.ways and any(one.way == way for one in going) and time.perf_counter() < share(0.9):
-            _look_inside(turns, way, inputs[options.cameras[0]], kernels=way in PROFILED)
-    sized: list[Measured] = []
-    for cameras in options.cameras:
-        for batch in (3,) if options.quick else SIZES[cameras]:
-            some = prompts(vlm, cameras=cameras, batch=1) * batch
-            at_size = [Measured(way, cameras, some) for way in SIZED if any(one.way == way for one in going)]
-            if time.perf_counter() < share(0.96):
-                _rounds(turns, at_size, share(0.97), batches=2, rounds=1)
-                sized += at_size
-    return rows + _show(sized, meter)
-
-
-def _rounds(turns: Turns, going: list[Measured], until: float, *, batches: int, rounds: int) -> None:
-    """Let all take turns until then, for at least a round; who fails is left out of what is to come."""
-    for number in range(rounds):
-        if number and time.perf_counter() > until:
-            break
-        for one in list(going):
-            try:
-                one.turn(turns, batches=batches)
-            except Exception as error:
-                going.remove(one)
-                print(f"{one.way} fails: {_told(error)}", flush=True)
-                _tidy()
-
-
-def _show(some: Sequence[Measured], meter: Meter) -> list[dict[str, Any]]:
-    rows = [one.row(some, meter) for one in some]
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    return rows
-
-
-def _look_inside(turns: Turns, way: str, inputs: Sequence[Any], *, kernels: bool) -> None:
-    try:
-        with turns.going(WAYS[way]):
-            found = parts(turns.vlm, inputs, rounds=3) | around_blocks(turns.vlm, inputs)
-            print(json.dumps({"way": way, **{name: round(ms, 2) for name, ms in found.items()}}), flush=True)
-            if kernels and turns.vlm.device.type == "cuda":
-                profile(lambda: turns.vlm.prefill_batch(inputs))
-    except Exception as error:
-        print(f"inside of {way}: {_told(error)}", flush=True)
-
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    bench_prefill._tidy()
+    for _ in range(options.rounds):
+        for one in going:
+            one.turn(vlm, batches=options.batches)
+    return [one.row(going, meter) for one in going]
 
 
 def main() -> None:
-    begun = time.perf_counter()
     parser = arguments(__doc__)
-    parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(SIZES))
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="those first that matter")
-    parser.add_argument("--seconds", type=float, default=90, help="for all of it; ways are left out for that")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cameras", type=int, nargs="+", default=[1, 4], choices=sorted(bench_prefill.TOKENS))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=3, help="without a pause, in a turn")
-    parser.add_argument("--backend", help="of torch.compile; with --quick eager unless another is named")
     options = parser.parse_args()
-    options.begun = begun
-    options.backend = options.backend or ("eager" if options.quick else "inductor")
     cuda = torch.cuda.is_available()
     if not cuda and not options.quick:
         raise SystemExit("a full run needs a CUDA device; --quick runs a small model on the CPU.")
+    torch._dynamo.config.recompile_limit = 64  # ways share functions
     meter = Meter()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            with mock.patch.object(full_size, "_expert_state", return_value={"vlm.placeholder": torch.zeros(1)}):
-                checkpoint_dir = full_size.write_checkpoint(Path(folder) / "model", small=options.quick)
-            rows = measure(make_vlm(checkpoint_dir), options, meter)
-    finally:
-        meter.close()
-    hardware = torch.cuda.get_device_name() if cuda else hardware_name()
-    finish("prefill_turns", rows, options, hardware=hardware)
+    with tempfile.TemporaryDirectory() as folder:
+        with mock.patch.object(full_size, "_expert_state", return_value={"vlm.placeholder": torch.zeros(1)}):
+            checkpoint_dir = full_size.write_checkpoint(Path(folder) / "model", small=options.quick)
+        rows = measure(make_vlm(checkpoint_dir), options, meter)
+    meter.close()
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    finish("prefill_turns", rows, options, hardware=torch.cuda.get_device_name() if cuda else hardware_name())
 
 
 if __name__ == "__main__":
