@@ -24,6 +24,7 @@ from alpacache.cached_samples.ring import Batch
 from alpacache.cached_samples.staged_batch import StagedBatch
 from alpacache.gpu.capture import captured
 from alpacache.inference.prediction import flow_loss
+from alpacache.training.compiled_expert import compile_for
 from alpacache.training.learner import Learner
 from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.two_backwards import TwoBackwards
@@ -93,10 +94,7 @@ class TrainStep:
         if self._twice is not None and micro_batch < staged.size:
             raise ValueError(f"two backwards take all {staged.size} samples at once, not {micro_batch}.")
         if compile_layers and self._cuda:
-            # A layer's backward may write over what its forward has kept, unless it is called twice.
-            torch._functorch.config.donated_buffer = self._twice is None
-            for layer in expert.expert.layers:
-                layer.compile()
+            compile_for(expert.expert.layers, backwards=1 if self._twice is None else 2)
         if self._streamed is not None:
             call_before(expert.expert.layers, self._streamed.before_layer)
         self._dry = torch.zeros((), dtype=torch.bool, device=expert.device)
