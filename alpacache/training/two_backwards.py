@@ -77,9 +77,11 @@ class TwoBackwards:
     def updating(self, *, lr: Tensor, scale: Tensor, skip: Tensor) -> Iterator[None]:
         """Within it, a backward's gradients of layers become updates, as `StepOptimizer` has them."""
         self._scalars = lr, scale, skip
-        with self._backward():
-            yield
-        self._scalars = None
+        try:
+            with self._backward():
+                yield
+        finally:
+            self._scalars = None
 
     def squared_norm(self) -> Tensor:
         """Squared norm of all gradients, float32, to the bit that of `SquareSum`."""

@@ -163,6 +163,21 @@ def test_either_goes_on_from_the_other(make):
         assert same(whole.state(), after.state())
 
 
+def test_a_step_that_ended_early_leaves_no_update_to_the_next():
+    """Its learning rate and scale stayed, and the next first backward updated layers with them."""
+    once, twice = Loop(MAKERS["adamw"], parts=1), TwiceLoop(MAKERS["adamw"], [1])
+    loss = twice.loss(1)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        twice.optimizer.updating(**twice.scalars(1, torch.ones(()), skip=False)),
+    ):
+        raise KeyboardInterrupt
+    del loss
+    once.step(3)
+    twice.step(3)
+    assert same(once.state(), twice.state())
+
+
 def test_a_state_of_other_shapes_is_refused():
     for loop in (Loop, TwiceLoop):
         streamed = loop(MAKERS["adamw"], [0, 1]).optimizer
