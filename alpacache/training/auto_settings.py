@@ -145,9 +145,11 @@ def out_of_memory(
     error: torch.OutOfMemoryError, plan: MemoryPlan, peak_bytes: int, *, resumable: bool
 ) -> DeviceMemoryError:
     """The error for a GPU whose memory did not suffice after all, with what to turn down."""
-    less = f"--micro-batch {max(1, plan.micro_batch // 2)} --checkpointing"
-    again = f"Checkpoints are intact: go on with --resume {less}"
-    anew = f"Try {less}, a smaller --batch-size or --draws, or --trainable lora"
+    # Gradients are made twice of whole batches alone; in parts all of them would have to be kept.
+    part = "" if plan.backwards == 2 else f"--micro-batch {max(1, plan.micro_batch // 2)} "
+    less = "" if part == "" and plan.checkpointing else f"{part}--checkpointing"
+    again = f"Checkpoints are intact: go on with --resume {less or 'and a larger --memory-budget'}"
+    anew = f"Try {less and less + ', '}a smaller --batch-size or --draws, or --trainable lora"
     return DeviceMemoryError(
         f"out of GPU memory with {peak_bytes / 2**30:.2f} GiB reserved ({plan.device_bytes / 2**30:.2f} GiB were "
         f"planned): {error}\n{again if resumable else anew}; other programs on this GPU take from it too."

@@ -335,3 +335,17 @@ def test_damage_in_the_first_batches_is_left_out_of_their_timing(tiny_checkpoint
     assert len(damaged.indices) == 1
     with pytest.raises(CorruptSampleError):
         batch_seconds(data, space, order, stopping, batch_size=2, device=CPU)
+
+
+def test_out_of_memory_advises_what_takes_less(released):
+    """A smaller micro-batch rules two backwards out, and takes more memory then."""
+    for backwards, checkpointing, told in (
+        (1, False, "go on with --resume --micro-batch 4 --checkpointing"),
+        (2, False, "go on with --resume --checkpointing"),
+        (2, True, "go on with --resume and a larger --memory-budget"),
+    ):
+        plan = memory_plan(
+            released(batch_size=8), draws=1, micro_batch=8, checkpointing=checkpointing, backwards=backwards
+        )
+        error = auto_settings.out_of_memory(torch.OutOfMemoryError("none"), plan, 0, resumable=True)
+        assert f"{told};" in str(error)
