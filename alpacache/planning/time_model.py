@@ -120,6 +120,9 @@ def step_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu, bus_bytes_s: float)
     Beside the backward before that, the first states arrive, as many as have a place.
     """
     computing, updating = compute_seconds(work, plan, gpu), optimizer_seconds(work, gpu)
+    launching = 0.0 if plan.captured else _LAUNCHED_S * math.ceil(work.batch_size / plan.micro_batch)
+    if not plan.streamed or plan.backwards == 2:
+        computing = max(computing, launching * _parts_of_one(plan))
     if not plan.streamed:
         return computing + updating
     forward = computing * _FORWARD / _parts_of_one(plan)
@@ -133,7 +136,6 @@ def step_seconds(work: Workload, plan: MemoryPlan, gpu: Gpu, bus_bytes_s: float)
         kept = 2 * plan.gradients * plan.streamed_layers / work.layers
         backward += kept / (gpu.memory_gb_s * 1e9)
     else:
-        launching = _LAUNCHED_S * math.ceil(work.batch_size / plan.micro_batch)
         backward = max(backward, launching * (1 - _FORWARD))
         forward = max(forward, launching * _FORWARD)
     early = min(bus * plan.arriving / plan.streamed, backward)

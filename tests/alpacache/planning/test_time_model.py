@@ -138,6 +138,18 @@ def test_a_second_backward_takes_two_thirds_more_and_hides_the_bus(work):
     assert step_seconds(load, some, H100, 25e9) == pytest.approx(first + bus * (1 - 4 / 36), rel=0.02)
 
 
+def test_each_backward_is_launched_kernel_by_kernel_without_a_graph(work):
+    """Two backwards seemed to take no launches, and were chosen where one was faster."""
+    load = work(longest=880)
+    plans = [
+        memory_plan(load, draws=1, micro_batch=8, checkpointing=False, backwards=backwards, captured=False)
+        for backwards in (1, 2)
+    ]
+    once, twice = (step_seconds(load, plan, H100, 25e9) - optimizer_seconds(load, H100) for plan in plans)
+    assert once == pytest.approx(0.177)
+    assert twice == pytest.approx(0.177 * 5 / 3)
+
+
 def test_gpus_are_found_by_what_people_call_them():
     assert gpu_named("RTX 4090") is GPUS["4090"]
     with pytest.raises(UsageError, match=r"known: h100, .*--probe"):
