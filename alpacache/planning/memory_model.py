@@ -6,7 +6,10 @@ two backwards a step, activations stay for the second one, and gradients of a la
 The size of activations was measured on an H100 (`benchmarks/results/`); everything else is counted.
 """
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from alpacache.cached_samples.ring import samples_ahead
 from alpacache.driving.sample import FUTURE_STEPS
@@ -30,8 +33,8 @@ _LAYERS_AT_ONCE = 2
 _MARGIN = 0.03
 """Share of the cap that is left free where a slower choice does not need it: the plan is no more accurate than this."""
 _TIGHT_MARGIN, _WORTH = 0.01, 0.9
-"""Share that is left free where state is streamed, so that nearly all memory is counted, if a step then takes at most
-`_WORTH` of the time."""
+"""Share that is left free where state is streamed, so that nearly all memory is counted, or where else gradients would
+have to be made twice, if a step then takes at most `_WORTH` of the time."""
 _ROOM, _MOST_MORE = 0.06, 1 / 7
 """Layers kept decoded beyond the least leave `_ROOM` of the cap free and take at most `_MOST_MORE` of everything else,
 unless the codec is heavy. They make a step some 3 % shorter, and a run that needs little of a card should stay so."""
@@ -56,7 +59,7 @@ def memory_plan(
     activations = 4 * tokens * work.hidden * work.layers + layer if checkpointing else layer * work.layers
     gradients, moments = work.trained * BF16_BYTES, state_bytes(work.optimizer, work.trained)
     if backwards == 2:
-        gradients = gradients * _LAYERS_AT_ONCE // work.layers
+        gradients = gradients * min(_LAYERS_AT_ONCE, work.layers) // work.layers
     share, largest = streamed_layers / work.layers, min(work.trained // work.layers, work.hidden * work.intermediate)
     kept = round(gradients * share) if captured and backwards == 1 else 0
     both = peak = gradients - kept + activations
@@ -108,8 +111,50 @@ def fastest_plan(
     goes as there is no room for; None: all of it stays on the GPU, and a step makes one backward. Raises `UsageError`
     where nothing fits, with what the smallest settings take and what to change.
     """
+    asked = partial(_choices, draws=draws, streams=bus_bytes_s is not None, backwards=backwards)
+    choices = asked(work, micro_batch, checkpointing)
+
+    def seconds(plan: MemoryPlan) -> float:
+        return step_seconds(work, plan, gpu, bus_bytes_s or 0.0)
+
+    def fastest(share: float) -> MemoryPlan | None:
+        # Of one choice the plan that streams least.
+        plans = (next((plan for plan in some if plan.device_bytes <= share * cap_bytes), None) for some in choices)
+        return min((plan for plan in plans if plan is not None), key=seconds, default=None)
+
+    plan, tight = fastest(1 - _MARGIN), fastest(1 - _TIGHT_MARGIN)
+    if tight is not None and (plan is None or seconds(tight) < _WORTH * seconds(plan)):
+        dear = plan is not None and plan.backwards == 2 and tight.backwards == 1
+        plan = tight if tight.streamed_layers or dear else plan
+    if plan := plan or fastest(1.0):
+        return with_room_used(work, plan, cap_bytes=cap_bytes)
+    least = _least(choices)
+    lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.device_table())
+    open_ones = " and ".join(
+        ["--micro-batch"] * (micro_batch is not None) + ["--no-checkpointing"] * (checkpointing is False)
+    )
+    if open_ones and _least(asked(work, None, checkpointing or None)).device_bytes <= cap_bytes:
+        remedy = f"Leave {open_ones} out, or raise --memory-budget."
+    else:
+        remedy = _remedy(work, partial(asked, micro_batch=micro_batch, checkpointing=checkpointing), cap_bytes)
+    raise UsageError(
+        f"training would take {least.device_bytes / 2**30:.2f} GiB of GPU memory at the least ({least.settings}, "
+        f"{draws} draws); {cap_bytes / 2**30:.2f} GiB are allowed:\n  {lines}\n{remedy}"
+    )
+
+
+def _choices(
+    work: Workload,
+    micro_batch: int | None,
+    checkpointing: bool | None,
+    *,
+    draws: int,
+    streams: bool,
+    backwards: int | None,
+) -> list[list[MemoryPlan]]:
+    """Plans to choose from: of each choice those that stream more and more layers' state, or none alone."""
     sizes = halved(work.batch_size) if micro_batch is None else [min(micro_batch, work.batch_size)]
-    streams = bus_bytes_s is not None and work.trainable != "head"  # the head is in no layer
+    streams = streams and work.trainable != "head"  # the head is in no layer
     counts = range(work.layers + 1 if streams else 1)
     # With all state on the GPU a captured step is always the faster one.
     ways = [(counts, 1, work.captured)]
@@ -117,7 +162,7 @@ def fastest_plan(
         ways.append((counts[1:], 1, False))
     if streams:
         ways.append((counts, 2, work.captured))
-    choices = [
+    return [
         [
             memory_plan(
                 work,
@@ -137,25 +182,9 @@ def fastest_plan(
         if backwards in (None, times)
     ]
 
-    def seconds(plan: MemoryPlan) -> float:
-        return step_seconds(work, plan, gpu, bus_bytes_s or 0.0)
 
-    def fastest(share: float) -> MemoryPlan | None:
-        # Of one choice the plan that streams least.
-        plans = (next((plan for plan in some if plan.device_bytes <= share * cap_bytes), None) for some in choices)
-        return min((plan for plan in plans if plan is not None), key=seconds, default=None)
-
-    plan, tight = fastest(1 - _MARGIN), fastest(1 - _TIGHT_MARGIN)
-    if tight is not None and tight.streamed_layers and (plan is None or seconds(tight) < _WORTH * seconds(plan)):
-        plan = tight
-    if plan := plan or fastest(1.0):
-        return with_room_used(work, plan, cap_bytes=cap_bytes)
-    least = min((plan for some in choices for plan in some), key=lambda plan: plan.device_bytes)
-    lines = "\n  ".join(f"{size / 2**30:7.2f} GiB  {name}" for name, size in least.device_table())
-    raise UsageError(
-        f"training would take {least.device_bytes / 2**30:.2f} GiB of GPU memory at the least ({least.settings}, "
-        f"{draws} draws); {cap_bytes / 2**30:.2f} GiB are allowed:\n  {lines}\n{_remedy(work, least, cap_bytes)}"
-    )
+def _least(choices: list[list[MemoryPlan]]) -> MemoryPlan:
+    return min((plan for some in choices for plan in some), key=lambda plan: plan.device_bytes)
 
 
 def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> MemoryPlan:
@@ -168,6 +197,12 @@ def with_room_used(work: Workload, plan: MemoryPlan, *, cap_bytes: int) -> Memor
         room = min(room, _MOST_MORE * plan.device_bytes)
     layers = min(work.layout.layers, plan.decoded_layers + int(max(0.0, room) // each))
     beside = _beside_decoded(work, plan.micro_batch)
+    if work.layout.is_heavy and layers == work.layout.layers:  # a heavy codec's are then decoded in one go
+        more = _beside_decoded(work, plan.micro_batch, all_layers=True) - beside
+        if (layers - plan.decoded_layers) * each + more <= room:
+            beside += more
+        else:
+            layers -= work.layout.tensor_codec.layers_together
     return replace(plan, decoded_layers=layers, decoding=layers * each + beside)
 
 
@@ -191,10 +226,11 @@ def _decoded_tail_bytes(work: Workload, samples: int) -> int:
     return samples * work.tail_room.tail * 3 * layout.kv_heads * layout.head_dim * BF16_BYTES
 
 
-def _beside_decoded(work: Workload, samples: int) -> int:
+def _beside_decoded(work: Workload, samples: int, *, all_layers: bool = False) -> int:
     """Memory of decoding beside the decoded layers: tails, and what the codec itself needs."""
-    layout = work.layout
-    own = 0 if layout.codec is None else layout.codec.decoding_bytes(layout.shape(samples * work.longest))
+    layout, own = work.layout, 0
+    if layout.codec is not None:
+        own = layout.codec.decoding_bytes(layout.shape(samples * work.longest), all_layers=all_layers)
     return own + _decoded_tail_bytes(work, samples)
 
 
@@ -217,11 +253,13 @@ def _decoded_bytes(work: Workload, samples: int) -> int:
     return 0 if layout.codec is None else samples * work.longest * 2 * layout.kv_heads * layout.head_dim * BF16_BYTES
 
 
-def _remedy(work: Workload, least: MemoryPlan, cap_bytes: int) -> str:
+def _remedy(work: Workload, choices: Callable[[Workload], list[list[MemoryPlan]]], cap_bytes: int) -> str:
     """Say what to change so that the smallest settings would fit."""
-    row_pair = 2 * _row_bytes(work)
-    spare = cap_bytes - (least.device_bytes - least.prefixes)
-    if (batch := min(work.batch_size - 1, spare // row_pair)) >= 1:
+    smaller = range(1, work.batch_size)
+    batch = bisect_right(
+        smaller, cap_bytes, key=lambda size: _least(choices(replace(work, batch_size=size))).device_bytes
+    )
+    if batch:
         return f"Lower --batch-size to {batch}, or raise --memory-budget."
     if work.trainable == "all":
         return (

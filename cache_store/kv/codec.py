@@ -50,8 +50,11 @@ class KVCodec(ABC):
         """Bytes that a sample takes as a rule, for plans; of codecs of fixed size what it takes."""
         return self.encoded_bytes(shape)
 
-    def decoding_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a device that decoding takes for so many tokens at once, beside what goes in and what comes out."""
+    def decoding_bytes(self, shape: tuple[int, ...], *, all_layers: bool = False) -> int:
+        """Bytes of a device that decoding takes for so many tokens at once, beside what goes in and what comes out.
+
+        `all_layers`: of all layers in one go, in place of those that are encoded together.
+        """
         return 0
 
     @abstractmethod

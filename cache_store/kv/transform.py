@@ -324,9 +324,11 @@ class TransformCodec(LearntCodec):
     def expected_bytes(self, shape: tuple[int, ...]) -> int:
         return math.ceil(math.prod(shape) * self.rate / 8)
 
-    def decoding_bytes(self, shape: tuple[int, ...]) -> int:
-        """The tables, and components of some groups and channels of one in float16; estimated where there are no tables
-        yet."""
+    def decoding_bytes(self, shape: tuple[int, ...], *, all_layers: bool = False) -> int:
+        """The tables, and components of a group, or of some, and channels of one in float16.
+
+        Estimated where there are no tables yet.
+        """
         if self.tables is None:
             width = kept = 2 * shape[2] * shape[4]
             stored = shape[0] * width * kept * 2
@@ -334,7 +336,7 @@ class TransformCodec(LearntCodec):
             width, kept = max(group.basis.shape for group in self.tables.groups)
             stored = sum(group.basis.nbytes + 2 * (ALIGNED + 4) * len(group.mean) for group in self.tables.groups)
             stored += len(self.tables.low) * (TOTAL + 8 * SYMBOLS)
-        together = min(self.groups_at_once(shape[3]), shape[0])
+        together = min(self.groups_at_once(shape[3]), shape[0]) if all_layers else 1
         return stored + 2 * (shape[3] + ALIGNED) * (width + together * (kept + ALIGNED))
 
     def groups_at_once(self, tokens: int) -> int:

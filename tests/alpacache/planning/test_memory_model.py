@@ -13,6 +13,7 @@ from alpacache.planning.time_model import compute_seconds, optimizer_seconds
 from alpacache.planning.workload import expert_sizes
 from alpacache.training.auto_settings import choose_draws
 from alpacache.training.trainable import choose_trainable
+from cache_store import codec_named
 
 GIB = 2**30
 LORA_COUNT = 27_550_000
@@ -166,6 +167,50 @@ def test_two_backwards_take_whole_batches_and_save_the_gradients(released):
     )
     four_cameras = released(batch_size=8, validates=True)
     assert choose(four_cameras, 11.5, bus_bytes_s=BUS).backwards == 2  # nothing else fits
+
+
+@pytest.mark.parametrize(("batch_size", "cap_gib"), [(16, 6.0), (32, 6.5), (64, 7.5)])
+def test_a_batch_that_two_backwards_cannot_take_whole_is_told_which_they_can(batch_size, cap_gib, released):
+    """It was told of lora alone: the remedy left out that activations go with the batch."""
+    with pytest.raises(UsageError, match="Lower --batch-size") as error:
+        choose(released(longest=880, batch_size=batch_size), cap_gib, bus_bytes_s=BUS)
+    batch = int(str(error.value).split("--batch-size to ")[1].split(",")[0])
+    assert choose(released(longest=880, batch_size=batch), cap_gib, bus_bytes_s=BUS).backwards == 2
+    with pytest.raises(UsageError):
+        choose(released(longest=880, batch_size=batch + 1), cap_gib, bus_bytes_s=BUS)
+
+
+def test_a_setting_that_rules_out_what_would_fit_is_named(released):
+    asked = {"micro_batch": 1, "checkpointing": False}
+    for given, told in (
+        ({"micro_batch": 1}, "Leave --micro-batch out, or"),
+        ({"checkpointing": False}, "Leave --no-checkpointing out, or"),
+        (asked, "Leave --micro-batch and --no-checkpointing out, or"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            choose(released(longest=880, batch_size=16), 7.5, bus_bytes_s=BUS, **given)
+    with pytest.raises(UsageError, match="Use --trainable lora"):
+        choose(released(longest=880, batch_size=16), 4.5, bus_bytes_s=BUS, **asked)
+
+
+def test_gradients_are_not_made_twice_for_a_margin_alone(released):
+    """A step would take 1.7 times as long, for 2 % less memory."""
+    work = released(trainable="lora", trained=LORA_COUNT, longest=880, batch_size=2, validates=True)
+    once = memory_plan(work, draws=1, micro_batch=2, checkpointing=True)
+    assert choose(work, once.device_bytes / GIB / 0.985, bus_bytes_s=BUS) == once
+
+
+def test_a_heavy_codec_needs_room_for_several_groups_where_all_layers_are_decoded_at_once(released):
+    layout = dataclasses.replace(released().layout, codec=codec_named("transform:2.2"))
+    work = released(longest=880, layout=layout)
+    least = memory_plan(work, draws=1, micro_batch=8, checkpointing=False)
+    each, more = 8 * 880 * 4096, 3 * 2 * (8 * 880 + 8) * (2048 + 8)
+    roomy = choose(work, 40)
+    assert roomy.decoded_layers == 36
+    assert roomy.device_bytes - least.device_bytes == 34 * each + more
+    almost = choose(work, (roomy.device_bytes - 1) / GIB / 0.94, micro_batch=8, checkpointing=False)
+    assert almost.decoded_layers == 35
+    assert almost.device_bytes - least.device_bytes == 33 * each
 
 
 def test_nothing_is_streamed_where_everything_fits_or_where_it_does_not_help(released):

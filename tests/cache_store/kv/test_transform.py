@@ -271,6 +271,6 @@ def test_names_and_documents() -> None:
 def test_a_device_decodes_streams_of_more_groups_in_one_go_where_each_has_fewer_tokens() -> None:
     codec = TransformCodec(2.2)
     assert [codec.groups_at_once(tokens) for tokens in (1, 8 * 880, 16 * 880, 24_400, 70_000)] == [4, 4, 4, 2, 1]
-    for layers, together in ((36, 4), (1, 1)):
+    for layers, all_layers, together in ((36, True, 4), (1, True, 1), (36, False, 1)):
         expected = layers * 2048 * 2048 * 2 + 2 * (14_080 + 8) * (2048 + together * (2048 + 8))
-        assert codec.decoding_bytes((layers, 2, 8, 14_080, 128)) == expected
+        assert codec.decoding_bytes((layers, 2, 8, 14_080, 128), all_layers=all_layers) == expected
