@@ -147,7 +147,8 @@ class TrainConfig(ChoiceConfig, NewExpertConfig):
     track: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """TensorBoard events in the run directory; `wandb`: Weights & Biases as well."""
     micro_batch: BatchSize | None = None
-    """Samples that go through the expert at a time; fewer take less memory. Default: as many as fit."""
+    """Samples that go through the expert at a time; fewer take less memory, where all
+    need not go at once for two backwards. Default: as many as fit."""
     checkpointing: bool | None = None
     """Compute activations again in the backward instead of keeping them: less memory. Default: if needed."""
     memory_budget: MemoryBudget | None = None
