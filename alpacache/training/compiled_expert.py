@@ -6,6 +6,7 @@ it, in this process or into the cache on the disk, would be used again, and thei
 word. So layers for two backwards are compiled by a backend of their own, and into entries of their own in the cache.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,8 +27,21 @@ def compile_for(layers: nn.ModuleList, *, backwards: int) -> None:
 def _for_two_backwards(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
     """Compile as torch does by default, but so that a backward leaves alone what its forward has kept."""
     import torch._functorch.config as functorch
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.compile_fx import compile_fx
 
-    apart = torch.compiler.config.patch(cache_key_tag=_CACHE_TAG)  # type: ignore[attr-defined]
-    with apart, functorch.patch(donated_buffer=False):
-        return compile_fx(graph, inputs, inner_compile=apart(compile_fx_inner))
+    with _apart(), functorch.patch(donated_buffer=False):
+        return compile_fx(graph, inputs, inner_compile=_compile_inner)
+
+
+def _compile_inner(*args: Any, **options: Any) -> Any:
+    """Compile a forward, or a backward when it is first called for: behind the call that made the layer's."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with _apart():
+        return compile_fx_inner(*args, **options)
+
+
+def _apart() -> AbstractContextManager[None]:
+    """Graphs of the cache have the tag. New each time: one of an older torch may not be entered twice."""
+    tagged: AbstractContextManager[None] = torch.compiler.config.patch(cache_key_tag=_CACHE_TAG)  # type: ignore[attr-defined]
+    return tagged
