@@ -42,13 +42,10 @@ from alpacache.prefix.codecs import tensor_codec
 from alpacache.prefix.layout import PrefixLayout
 from alpacache.prefix.packed import PackedPrefixes
 from alpacache.prefix.transform import TransformTensorCodec
-from alpacache.training.learner import Learner
+from alpacache.training.learner import Learner, planned_optimizer
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
-from alpacache.training.state_in_ram import spread
 from alpacache.training.step import TrainStep
-from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
-from alpacache.training.two_backwards import TwoBackwards
 from cache_store import CODECS, TransformCodec
 
 BUDGET = "24GB"
@@ -196,12 +193,7 @@ def _measure(case: Case, small: bool, steps: int) -> dict[str, Any]:
 
     def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
         make = partial(make_optimizer, name, betas=(0.9, 0.999), weight_decay=0.0)
-        layers = spread(layout.layers, plan.streamed_layers)
-        if plan.backwards == 2:
-            return TwoBackwards(make, parameters, layers)
-        if not layers:
-            return make(parameters)
-        return StreamedOptimizer(make, parameters, layers, keep_gradients=plan.captured)
+        return planned_optimizer(make, parameters, plan, layers=layout.layers)
 
     learner = Learner(expert, parameters, World(rank=0, size=1, device=device), optimizer, budget_bytes=None)
     for_validation = torch.empty(plan.validation, dtype=torch.uint8, device=device)

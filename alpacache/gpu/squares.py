@@ -35,18 +35,18 @@ class SquareSum:
     """Sums of squares of lists of tensors that are mostly the same from call to call."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._has_kernel = device, device.type == "cuda" and triton is not None
         self._tables = LaunchTables(device)
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
         """The sum over all elements, a float32 scalar; no host synchronisation."""
-        if self._device.type != "cuda" or triton is None:
-            return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
+        if not self._has_kernel:
+            return total(self.of_each(tensors))
         return torch.cat([self.partial_sums(kind, alike) for kind, alike in by_kind(tensors).items()]).sum()
 
     def of_each(self, tensors: list[Tensor]) -> list[PartialSums]:
         """Partial sums of each tensor; of a list that is taken apart, `total` gives the sum of the whole to the bit."""
-        if self._device.type != "cuda" or triton is None:
+        if not self._has_kernel:
             norms = torch._foreach_norm(tensors, 2, torch.float32)
             return [PartialSums((torch.float32, False), norm.square()[None]) for norm in norms]
         apart = {}

@@ -67,9 +67,7 @@ class TransformTensorCodec(TensorCodec[TransformCodec]):
         return bits.view(torch.bfloat16).to(data.device)
 
     def decode_batch(self, prefixes: "PackedPrefixes", layer: int, scratch: Tensor) -> None:
-        from alpacache.prefix import transform_kernels  # needs Triton
-
-        transform_kernels.decode(self._codec, prefixes, layer // self.layers_together, [scratch])
+        self.decode_batches(prefixes, layer, [scratch])
 
     def decode_batches(self, prefixes: "PackedPrefixes", layer: int, scratch: Sequence[Tensor]) -> None:
         from alpacache.prefix import transform_kernels  # needs Triton

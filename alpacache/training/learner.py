@@ -11,15 +11,37 @@ from alpacache.distributed.sharded_update import ShardedUpdate
 from alpacache.distributed.world import World
 from alpacache.finite import not_finite
 from alpacache.gpu.device import cap_memory
+from alpacache.planning.workload import MemoryPlan
 from alpacache.training.ema import WeightAverage
-from alpacache.training.optimizers import StepOptimizer
+from alpacache.training.optimizers import NO_SHARDS, StepOptimizer
 from alpacache.training.run_directory import RunCheckpoint
+from alpacache.training.state_in_ram import spread
 from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import checkpoint_tensors
 from alpacache.training.two_backwards import TwoBackwards
 
 if TYPE_CHECKING:
     from alpacache.alpamayo import ActionExpert
+
+
+def planned_optimizer(
+    make: Callable[..., StepOptimizer],
+    parameters: Mapping[str, nn.Parameter],
+    plan: MemoryPlan,
+    *,
+    layers: int,
+    shards: Mapping[str, slice] = NO_SHARDS,
+) -> StepOptimizer:
+    """The optimizer of an expert of so many layers, with its state where `plan` has it.
+
+    `make` makes one of some parameters, of `shards` of them where all state is on the GPU.
+    """
+    streamed = spread(layers, plan.streamed_layers)
+    if plan.backwards == 2:
+        return TwoBackwards(make, parameters, streamed)
+    if streamed:
+        return StreamedOptimizer(make, parameters, streamed, keep_gradients=plan.captured)
+    return make(parameters, shards=shards)
 
 
 class Learner:

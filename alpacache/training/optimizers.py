@@ -48,6 +48,13 @@ def copy_into(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
     Floating-point types may differ, as they do when a run goes on with another device. Raises `DataError` before
     anything is changed.
     """
+    check_fits(state, tensors)
+    for name, live in state.items():
+        live.copy_(tensors[name])
+
+
+def check_fits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `DataError` where `copy_into` would."""
     for name, live in state.items():
         saved = tensors.get(name)
         if saved is None:
@@ -58,8 +65,6 @@ def copy_into(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
                 f"optimizer state {name!r} is {saved.dtype} {list(saved.shape)}, expected {live.dtype} "
                 f"{list(live.shape)}; was it saved by another optimizer or for another model?"
             )
-    for name, live in state.items():
-        live.copy_(tensors[name])
 
 
 def resolve(name: str, device: torch.device) -> str:

@@ -83,6 +83,7 @@ class TrainStep:
         self._optimizer = learner.optimizer
         self._streamed = learner.optimizer if isinstance(learner.optimizer, StreamedOptimizer) else None
         self._twice = learner.optimizer if isinstance(learner.optimizer, TwoBackwards) else None
+        self._by_layer = self._streamed or self._twice
         waiting = frozenset() if self._streamed is None else self._streamed.waiting
         self._parameters = [parameter for name, parameter in learner.parameters.items() if name not in waiting]
         """Those whose gradients are the optimizer's no more when a step has been enqueued."""
@@ -132,9 +133,8 @@ class TrainStep:
 
     def _compute(self) -> None:
         self._forget_gradients()
-        for optimizer in (self._streamed, self._twice):
-            if optimizer is not None:
-                optimizer.begin()
+        if self._by_layer is not None:
+            self._by_layer.begin()
         staged = self._staged
         all_samples = staged.size * self._shared.world.size
         losses = []
@@ -164,9 +164,8 @@ class TrainStep:
         self._optimizer.step(**scalars, updated=self._shared.gather_updated)
         self._shared.finish_update()
         self._numbers.copy_(torch.cat([torch.stack([total, norm, stop, damaged]), each]))
-        for optimizer in (self._streamed, self._twice):
-            if optimizer is not None:
-                optimizer.end()
+        if self._by_layer is not None:
+            self._by_layer.end()
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alpacache.planning.workload import STATE_PLACES
-from alpacache.training.optimizers import StepOptimizer, Updated, copy_into, ignore_name
+from alpacache.training.optimizers import StepOptimizer, Updated, check_fits, ignore_name
 from alpacache.training.state_in_ram import Make, StateInRam, layer_of
 
 
@@ -109,7 +109,7 @@ class StreamedOptimizer:
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        copy_into(self.tensors(), tensors)
+        check_fits(self.tensors(), tensors)  # all of it, before a part is changed
         if self._resident is not None:
             self._resident.load_tensors(tensors)
         self._in_ram.load_tensors(tensors)

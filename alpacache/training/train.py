@@ -35,7 +35,7 @@ from alpacache.training.absence import Absence
 from alpacache.training.checkpoint_writer import CheckpointWriter
 from alpacache.training.config import TrainConfig
 from alpacache.training.data_order import DamagedSamples, batches_of, choice_lines
-from alpacache.training.learner import Learner
+from alpacache.training.learner import Learner, planned_optimizer
 from alpacache.training.optimizers import StepOptimizer, make_optimizer, resolve
 from alpacache.training.resume_check import (
     check_begun,
@@ -52,11 +52,8 @@ from alpacache.training.run_inputs import RunInputs
 from alpacache.training.run_log import LossSum, RunLog, TrainReport, added, make_trackers
 from alpacache.training.run_names import CONFIG, MEMORY, SAMPLES
 from alpacache.training.schedule import BestValidation, LearningRate, SkippedSteps
-from alpacache.training.state_in_ram import spread
 from alpacache.training.step import StepResult, TrainStep
-from alpacache.training.streamed_optimizer import StreamedOptimizer
 from alpacache.training.trainable import choose_trainable, enable_checkpointing
-from alpacache.training.two_backwards import TwoBackwards
 from alpacache.training.validation import Validation
 from cache_store import SampleReadError, UnreachableStoreError
 
@@ -281,12 +278,7 @@ class _Run:
 
         def optimizer(shards: Mapping[str, slice]) -> StepOptimizer:
             make = partial(make_optimizer, config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
-            layers = spread(len(expert.expert.layers), self.plan.streamed_layers)
-            if self.plan.backwards == 2:
-                return TwoBackwards(make, parameters, layers)
-            if not layers:
-                return make(parameters, shards=shards)
-            return StreamedOptimizer(make, parameters, layers, keep_gradients=self.plan.captured)
+            return planned_optimizer(make, parameters, self.plan, layers=len(expert.expert.layers), shards=shards)
 
         return Learner(expert, parameters, world, optimizer, budget_bytes=config.budget_bytes)
 

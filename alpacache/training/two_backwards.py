@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alpacache.gpu.squares import PartialSums, SquareSum, total
 from alpacache.planning.workload import STATE_PLACES
-from alpacache.training.optimizers import StepOptimizer, Updated, copy_into, ignore_name
+from alpacache.training.optimizers import StepOptimizer, Updated, check_fits, ignore_name
 from alpacache.training.state_in_ram import Make, StateInRam, layer_of
 
 
@@ -112,8 +112,8 @@ class TwoBackwards:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.settle()
-        copy_into(self.tensors(), tensors)
-        for optimizer in self._on_gpu():  # the number of steps, which all have under one name
+        check_fits(self.tensors(), tensors)  # all of it, before a part is changed
+        for optimizer in self._on_gpu():
             optimizer.load_tensors(tensors)
         if self._in_ram is not None:
             self._in_ram.load_tensors(tensors)
